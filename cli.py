@@ -1,0 +1,81 @@
+"""What every script's command line shares: its flags, its device, and how it fails.
+
+A script's last lines are
+
+    if __name__ == "__main__":
+        sys.exit(run(main))
+
+so that bad input ends in one line on standard error and exit status 2, without a traceback.
+"""
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from tqdm import tqdm
+
+from files import BadInput
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose help keeps the line breaks of the docstring; flags cannot be abbreviated."""
+
+    def __init__(self, doc: str):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that every script has: --device, --threads, --seed, --overwrite, --debug."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto, the best there is)")
+    group.add_argument("--threads", type=positive_int, default=None, help="CPU threads (default: PyTorch's choice)")
+    group.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
+    group.add_argument("--overwrite", action="store_true", help="replace what is at --out")
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def positive_int(text: str) -> int:
+    """Parse a whole number of at least 1 (argparse type)."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text}")
+    return value
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device named by --device. Raises BadInput for one this machine does not have."""
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator if accelerator is not None and accelerator.type in ("cuda", "mps") else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"--device {name}: not on this machine ({reason}); pass --device auto or --device cpu") from error
+    return device
+
+
+def progress(items: Iterable, what: str, total: int | None = None) -> Iterator:
+    """Wrap `items` in a progress bar on standard error; silent when that is not a terminal."""
+    return tqdm(items, desc=what, total=total, disable=not sys.stderr.isatty(), dynamic_ncols=True, leave=False)
+
+
+def run(main: Callable[[], int | None]) -> int:
+    """Call `main` and return the exit status: its own, or 2 with one line on standard error for bad input."""
+    debug = "--debug" in sys.argv
+    script = os.path.basename(sys.argv[0])
+    try:
+        return main() or 0
+    except BadInput as error:
+        if debug:
+            raise
+        print(f"{script}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output (head, less) went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
