@@ -1,0 +1,290 @@
+"""Scores of binary masks: the contest's IoU, and J and F of the DAVIS benchmark with mean, recall and decay.
+
+A frame's masks are packed: uint8 [H, ceil(W / 8)], `np.packbits` along W with zero padding bits, so that
+counting, boundaries and dilation are bitwise operations on many pixels at once. Everything that touches
+pixels is written once, on rows of words, and runs on NumPy arrays (uint64 words, one frame at a time,
+cropped to where the boundaries can meet) and on PyTorch tensors of any device (uint8 words, many frames at
+a time, never waiting for the device). Both count the same pixels and so give the same scores.
+
+Source: Perazzi et al., "A Benchmark Dataset and Evaluation Methodology for Video Object Segmentation", CVPR
+2016, and the rules of its toolkit (`db_eval_iou`, `db_eval_boundary`, `db_statistics`).
+"""
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+PROTOCOLS = ("all", "davis2016")
+BOUND_TH = 0.008  # how far apart two boundaries may lie and still match, as a share of the frame's diagonal
+TENSOR_CHUNK = 256  # frames scored at once on a device: bounds the temporary memory, about 1 MB a frame at 480p
+
+Masks = np.ndarray | torch.Tensor
+
+
+class FrameScores(NamedTuple):
+    """Scores of N frames, each float64 [N] (float32 on mps, which has no float64) in 0..1."""
+
+    iou: Masks  # the contest's; NaN where prediction and mask are both empty: the contest leaves such frames out
+    J: Masks    # the same, but 1 where both are empty
+    F: Masks
+
+
+def foreground(pixels: Masks) -> Masks:
+    """Return which uint8 pixels (0..255, any shape) are foreground, bool: pixel / 255 rounds to 1."""
+    return pixels > 127
+
+
+def pack(masks: Masks) -> Masks:
+    """Pack bool masks [..., W] into uint8 [..., ceil(W / 8)], 8 pixels a byte, the leftmost in the highest bit."""
+    if isinstance(masks, np.ndarray):
+        return np.packbits(masks, axis=-1)
+    masks = torch.nn.functional.pad(masks, (0, -masks.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    return sum(masks[..., i].to(torch.uint8) << (7 - i) for i in range(8))
+
+
+def contest_iou(predictions: Masks, masks: Masks) -> Masks:
+    """Return the contest's IoU of each frame, float64 [N]; NaN where prediction and mask are both empty.
+
+    Both are arrays or both tensors, of one shape: packed uint8 [N, H, ceil(W / 8)] or bool [N, H, W].
+    """
+    _check_alike(predictions, masks)
+    return _iou(_count(predictions & masks), _count(predictions | masks))
+
+
+def score_frames(predictions: Masks, masks: Masks, width: int, bound_th: float = BOUND_TH) -> FrameScores:
+    """Return contest IoU, J and F of each frame.
+
+    predictions, masks: N frames of one size, packed uint8 [N, H, ceil(width / 8)] or bool [N, H, width], both
+    NumPy arrays or both tensors on one device. width: pixels a row. bound_th: see `boundary_radius`.
+    From tensors the scores stay on their device, and the host waits for nothing. Raises ValueError for shapes
+    or types that do not fit together.
+    """
+    _check_alike(predictions, masks)
+    if predictions.dtype in (bool, torch.bool):
+        predictions, masks = pack(predictions), pack(masks)
+    if predictions.shape[2] != -(-width // 8):
+        raise ValueError(f"expected {-(-width // 8)} bytes a row for a width of {width}, found {predictions.shape[2]}")
+    radius = boundary_radius(predictions.shape[1], width, bound_th)
+    if isinstance(predictions, np.ndarray):
+        counts = [_frame_counts(p, m, width, radius) for p, m in zip(predictions, masks)]
+        intersection, union, *boundary = np.array(counts, dtype=np.int64).reshape(-1, 6).T
+    else:
+        chunks = zip(predictions.split(TENSOR_CHUNK), masks.split(TENSOR_CHUNK))
+        counts = [torch.stack(_tensor_counts(p, m, width, radius)) for p, m in chunks]
+        intersection, union, *boundary = torch.cat(counts, dim=1)
+    iou = _iou(intersection, union)
+    empty = union == 0
+    return FrameScores(iou=iou, J=_iou(intersection + empty, union + empty), F=_f_measure(*boundary))
+
+
+def boundary_radius(height: int, width: int, bound_th: float = BOUND_TH) -> int:
+    """Return how many pixels apart two boundaries may lie and still match.
+
+    bound_th: a share of the frame's diagonal when below 1, rounded up; else a number of pixels.
+    """
+    return int(bound_th) if bound_th >= 1 else math.ceil(bound_th * math.hypot(height, width))
+
+
+def summarize(clips: Sequence[str], iou: np.ndarray, J: np.ndarray, F: np.ndarray, protocol: str = "all") -> dict:
+    """Return what scores.json holds: the scores of all frames together and of each clip.
+
+    clips: the clip of each frame, the frames of a clip in order. iou, J, F: [N], as `score_frames` returns them;
+    a NaN is a frame left out. protocol: "all" frames, or "davis2016", which leaves out the first and last
+    frame of every clip (there, the first is given to semi-supervised methods). `mean_iou` is the contest's,
+    over frames; J and F of the whole set are means over clips. A number that no frame contributes to is None:
+    under "davis2016" a clip of 1 or 2 frames keeps none, so its numbers are None and it is left out of the means.
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"expected a protocol of {', '.join(PROTOCOLS)}, found {protocol}")
+    iou, J, F = (np.asarray(values, dtype=np.float64) for values in (iou, J, F))
+    if not len(clips) == len(iou) == len(J) == len(F):
+        raise ValueError(f"expected as many scores as frames: {len(clips)} clips, {len(iou)} iou, {len(J)} J, {len(F)} F")
+    frames = {}
+    for index, clip in enumerate(clips):
+        frames.setdefault(clip, []).append(index)
+    if protocol == "davis2016":
+        frames = {clip: indices[1:-1] for clip, indices in frames.items()}
+
+    per_clip = {}
+    for clip, indices in frames.items():
+        per_clip[clip] = {"frames": len(indices), "mean_iou": _mean(iou[indices])}
+        per_clip[clip] |= _statistics("J", J[indices]) | _statistics("F", F[indices])
+    kept = [index for indices in frames.values() for index in indices]
+    scores = {"protocol": protocol, "frames": len(kept), "mean_iou": _mean(iou[kept])}
+    for key in [f"{measure}_{statistic}" for measure in "JF" for statistic in ("mean", "recall", "decay")]:
+        values = [clip_scores[key] for clip_scores in per_clip.values()]
+        scores[key] = _mean(np.array(values, dtype=np.float64))  # None becomes NaN, which is left out
+    return scores | {"per_clip": per_clip}
+
+
+def decay(values: np.ndarray) -> float | None:
+    """Return the mean of a clip's first quarter minus the mean of its last; NaNs are left out.
+
+    values: [n], in order. The toolkit's quarters: they share their edge frames. It casts the edges to uint8,
+    which wraps beyond 256 frames and then compares the wrong ones; here they are whole numbers of any size.
+    """
+    if len(values) == 0:
+        return None
+    edges = (np.round(np.linspace(1, len(values), 5) + 1e-10) - 1).astype(int)
+    first, last = _mean(values[edges[0]:edges[1] + 1]), _mean(values[edges[3]:edges[4] + 1])
+    return None if first is None or last is None else first - last
+
+
+def _statistics(measure: str, values: np.ndarray) -> dict[str, float | None]:
+    """Return mean, recall (share of frames above 0.5) and decay of a clip's values [n], keyed "J_mean" and so on."""
+    scored = values[~np.isnan(values)]
+    return {f"{measure}_mean": _mean(scored), f"{measure}_recall": _mean(scored > 0.5), f"{measure}_decay": decay(values)}
+
+
+def _mean(values: np.ndarray) -> float | None:
+    """Return the mean of what is not NaN; None (which JSON can hold) when that is nothing."""
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if len(values) else None
+
+
+def _check_alike(predictions: Masks, masks: Masks) -> None:
+    """Raise ValueError unless both are [N, H, columns] of one shape and type, bool or uint8."""
+    if predictions.ndim != 3 or predictions.shape != masks.shape:
+        raise ValueError(f"expected two [N, H, columns] of one shape, found {tuple(predictions.shape)} and {tuple(masks.shape)}")
+    if predictions.dtype != masks.dtype or predictions.dtype not in (bool, np.uint8, torch.bool, torch.uint8):
+        raise ValueError(f"expected bool or packed uint8 masks, found {predictions.dtype} and {masks.dtype}")
+
+
+# From counts of pixels to scores.
+
+def _iou(intersection: Masks, union: Masks) -> Masks:
+    """Return intersection / union from counts [N]; NaN where union is 0."""
+    with np.errstate(invalid="ignore"):
+        return _floats(intersection) / _floats(union)
+
+
+def _f_measure(prediction: Masks, mask: Masks, prediction_hits: Masks, mask_hits: Masks) -> Masks:
+    """Return F from counts [N]: boundary pixels of each, and those of them that lie near the other's boundary.
+
+    The toolkit's rules: 2 P R / (P + R), 1 where neither has a boundary, 0 where only one has or none match.
+    """
+    precision = _floats(prediction_hits) / _floats(prediction + (prediction == 0))
+    recall = _floats(mask_hits) / _floats(mask + (mask == 0))
+    total = precision + recall
+    return 2 * precision * recall / (total + (total == 0)) + ((prediction == 0) & (mask == 0))
+
+
+def _floats(counts: Masks) -> Masks:
+    """Return counts as float64, the precision of the toolkit, where the device has it."""
+    if isinstance(counts, np.ndarray):
+        return counts.astype(np.float64)
+    return counts.to(torch.float32 if counts.device.type == "mps" else torch.float64)
+
+
+# From masks to counts of pixels.
+
+def _frame_counts(prediction: np.ndarray, mask: np.ndarray, width: int, radius: int) -> tuple[int, ...]:
+    """Return what J and F need of one frame, from packed arrays uint8 [H, ceil(width / 8)].
+
+    The counts: intersection, union, boundary pixels of prediction and mask, and those near the other's.
+    """
+    height, columns = prediction.shape
+    pair = np.zeros((2, height, -(-(width + radius) // 64) * 8), dtype=np.uint8)
+    pair[0, :, :columns], pair[1, :, :columns] = prediction, mask
+    pair = pair.view(">u8").astype(np.uint64)  # [2, H, words]: the leftmost pixel in the highest bit
+    boundaries = _boundaries(pair, width)
+    near = _crop(boundaries, radius)
+    hits = _hits(near, radius) if near.size else (0, 0)
+    return _count(pair[0] & pair[1]), _count(pair[0] | pair[1]), *_count(boundaries), *hits
+
+
+def _tensor_counts(prediction: torch.Tensor, mask: torch.Tensor, width: int, radius: int) -> tuple[torch.Tensor, ...]:
+    """Return the counts of `_frame_counts`, int64 [n] each, of packed tensors uint8 [n, H, ceil(width / 8)]."""
+    padding = -(-(width + radius) // 8) - prediction.shape[-1]
+    pair = torch.nn.functional.pad(torch.stack([prediction, mask]), (0, padding))
+    boundaries = _boundaries(pair, width)
+    return _count(prediction & mask), _count(prediction | mask), *_count(boundaries), *_hits(boundaries, radius)
+
+
+def _count(words: Masks) -> Masks:
+    """Return how many pixels are set in each frame: [..., H, columns] packed words or bool -> integers [...]."""
+    if isinstance(words, np.ndarray):
+        return (words if words.dtype == bool else np.bitwise_count(words)).sum(axis=(-2, -1), dtype=np.int64)
+    if words.dtype == torch.uint8:  # PyTorch has no population count: add neighbouring bits, pairs, then nibbles
+        words = words - ((words >> 1) & 0x55)
+        words = (words & 0x33) + ((words >> 2) & 0x33)
+        words = (words + (words >> 4)) & 0x0F
+    return words.sum(dim=(-2, -1))
+
+
+def _hits(boundaries: Masks, radius: int) -> tuple[Masks, Masks]:
+    """Return how many boundary pixels of each of the two [2, ..., H, words] lie within `radius` of the other's."""
+    near = _dilate(boundaries, radius)
+    return _count(boundaries[0] & near[1]), _count(boundaries[1] & near[0])
+
+
+# Bitwise operations on rows of words, [..., H, words]: the first pixel of a row is the highest bit of its first
+# word. Rows end in at least `radius` zero bits, so a shift that runs into the next row lands where no pixel is.
+
+def _boundaries(masks: Masks, width: int) -> Masks:
+    """Return the one-pixel boundaries: pixels that differ from their east, south or south-east neighbour.
+
+    A neighbour outside the frame counts as equal. This is the toolkit's `seg2bmap`.
+    """
+    bits = 8 * masks.itemsize
+    east = masks << 1
+    east.reshape(-1)[:-1] |= masks.reshape(-1)[1:] >> (bits - 1)
+    across = masks ^ east
+    last_column = 1 << (bits - 1 - (width - 1) % bits)
+    across[..., (width - 1) // bits] &= (1 << bits) - 1 - last_column
+    across[..., -1] &= (1 << bits) - 2  # the last bit of a row saw the first of the next
+    # Of four pixels, all are equal when the two above are, the two below, and the two on the left.
+    down = (masks[..., :-1, :] ^ masks[..., 1:, :]) | across[..., 1:, :]
+    across[..., :-1, :] |= down
+    return across
+
+
+def _dilate(masks: Masks, radius: int) -> Masks:
+    """Return the masks grown by a disk: every pixel within `radius` (Euclidean, inclusive) of one that is set.
+
+    The disk is a stack of horizontal runs, from the shortest at its top and bottom to the longest through its
+    centre: widen the masks run by run, and add each, moved up and down by its distance from the centre.
+    """
+    height = masks.shape[-2]
+    near = masks ^ masks
+    wide, reach = masks, 0
+    for dy in range(min(radius, height - 1), -1, -1):
+        run = math.isqrt(radius * radius - dy * dy)
+        while reach < run:
+            step = min(2 * reach + 1, run - reach, 8 * masks.itemsize - 1)  # a longer one would leave gaps
+            wide, reach = _widen(wide, step), reach + step
+        near[..., dy:, :] |= wide[..., :height - dy, :]
+        near[..., :height - dy, :] |= wide[..., dy:, :]
+    return near
+
+
+def _widen(masks: Masks, step: int) -> Masks:
+    """Return the masks with themselves moved `step` pixels left and right added; step < bits a word."""
+    carry = 8 * masks.itemsize - step
+    wide = (masks << step) | masks | (masks >> step)
+    flat, source = wide.reshape(-1), masks.reshape(-1)
+    flat[:-1] |= source[1:] >> carry
+    flat[1:] |= source[:-1] << carry
+    return wide
+
+
+def _crop(boundaries: np.ndarray, radius: int) -> np.ndarray:
+    """Return the part of two boundaries uint64 [2, H, words] where they can lie within `radius` of each other.
+
+    It ends in as many zero words as `radius` needs, and is empty where they cannot meet.
+    """
+    margin = -(-radius // 64)  # in words
+    top = left = 0
+    bottom, right = boundaries.shape[1:]
+    for boundary in boundaries:
+        rows = np.flatnonzero(boundary.any(axis=1))
+        if not len(rows):
+            return boundaries[:, :0]
+        columns = np.flatnonzero(boundary[rows[0]:rows[-1] + 1].any(axis=0))
+        top, bottom = max(top, rows[0] - radius), min(bottom, rows[-1] + 1 + radius)
+        left, right = max(left, columns[0] - margin), min(right, columns[-1] + 1 + margin)
+    cropped = np.zeros((2, max(bottom - top, 0), max(right - left, 0) + margin), dtype=np.uint64)
+    cropped[:, :, :right - left] = boundaries[:, top:bottom, left:right]
+    return cropped
