@@ -65,8 +65,8 @@ class InvertedResidual(nn.Module):
         self.bn2 = norm(outputs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = x if self.expand_conv is None else F.relu6(self.bn0(self.expand_conv(x)))
-        y = F.relu6(self.bn1(self.depthwise_conv(y)))
+        y = x if self.expand_conv is None else F.relu6(self.bn0(self.expand_conv(x)), inplace=True)
+        y = F.relu6(self.bn1(self.depthwise_conv(y)), inplace=True)
         y = self.bn2(self.project_conv(y))
         return x + y if self.residual else y
 
@@ -103,7 +103,7 @@ class EfficientNetLite(nn.Module):
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Map normalised frames [B, 3, H, W] to {level: [B, C, ceil(H / stride), ceil(W / stride)]}, fine to coarse."""
         maps = {}
-        x = F.relu6(self.bn0(self.conv_stem(x)))
+        x = F.relu6(self.bn0(self.conv_stem(x)), inplace=True)
         for index, block in enumerate(self.blocks[: max(self.taps.values()) + 1]):
             x = block(x)
             for level, tap in self.taps.items():

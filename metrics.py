@@ -206,7 +206,7 @@ def _tensor_counts(prediction: torch.Tensor, mask: torch.Tensor, width: int, rad
 def _count(words: Masks) -> Masks:
     """Return how many pixels are set in each frame: [..., H, columns] packed words or bool -> integers [...]."""
     if isinstance(words, np.ndarray):
-        return (words if words.dtype == bool else np.bitwise_count(words)).sum(axis=(-2, -1), dtype=np.int64)
+        return (words if words.dtype == bool else np.bitwise_count(words)).sum(axis=(-2, -1), dtype=np.uint32)
     if words.dtype == torch.uint8:  # PyTorch has no population count: add neighbouring bits, pairs, then nibbles
         words = words - ((words >> 1) & 0x55)
         words = (words & 0x33) + ((words >> 2) & 0x33)
@@ -279,12 +279,11 @@ def _crop(boundaries: np.ndarray, radius: int) -> np.ndarray:
     top = left = 0
     bottom, right = boundaries.shape[1:]
     for boundary in boundaries:
-        rows = np.flatnonzero(boundary.any(axis=1))
+        rows, columns = np.nonzero(boundary != 0)
         if not len(rows):
             return boundaries[:, :0]
-        columns = np.flatnonzero(boundary[rows[0]:rows[-1] + 1].any(axis=0))
         top, bottom = max(top, rows[0] - radius), min(bottom, rows[-1] + 1 + radius)
-        left, right = max(left, columns[0] - margin), min(right, columns[-1] + 1 + margin)
+        left, right = max(left, columns.min() - margin), min(right, columns.max() + 1 + margin)
     cropped = np.zeros((2, max(bottom - top, 0), max(right - left, 0) + margin), dtype=np.uint64)
     cropped[:, :, :right - left] = boundaries[:, top:bottom, left:right]
     return cropped

