@@ -64,8 +64,8 @@ def score_frames(predictions: Masks, masks: Masks, width: int, bound_th: float =
     _check_alike(predictions, masks)
     if predictions.dtype in (bool, torch.bool):
         predictions, masks = pack(predictions), pack(masks)
-    if predictions.shape[2] != -(-width // 8):
-        raise ValueError(f"expected {-(-width // 8)} bytes a row for a width of {width}, found {predictions.shape[2]}")
+    if predictions.shape[2] != _units(width, 8):
+        raise ValueError(f"expected {_units(width, 8)} bytes a row for a width of {width}, found {predictions.shape[2]}")
     radius = boundary_radius(predictions.shape[1], width, bound_th)
     if isinstance(predictions, np.ndarray):
         counts = [_frame_counts(p, m, width, radius) for p, m in zip(predictions, masks)]
@@ -185,22 +185,37 @@ def _frame_counts(prediction: np.ndarray, mask: np.ndarray, width: int, radius: 
 
     The counts: intersection, union, boundary pixels of prediction and mask, and those near the other's.
     """
-    height, columns = prediction.shape
-    pair = np.zeros((2, height, -(-(width + radius) // 64) * 8), dtype=np.uint8)
-    pair[0, :, :columns], pair[1, :, :columns] = prediction, mask
-    pair = pair.view(">u8").astype(np.uint64)  # [2, H, words]: the leftmost pixel in the highest bit
-    boundaries = _boundaries(pair, width)
-    near = _crop(boundaries, radius)
-    hits = _hits(near, radius) if near.size else (0, 0)
-    return _count(pair[0] & pair[1]), _count(pair[0] | pair[1]), *_count(boundaries), *hits
+    both = prediction | mask
+    rows = np.flatnonzero(both.any(axis=1))
+    if not len(rows):
+        return (0,) * 6
+    # Only the box that holds both matters. A boundary pixel lies up to one above and left of it, and one more
+    # row below, where there is one, tells an object that ends there from one that the frame cuts off.
+    top, bottom = max(rows[0] - 1, 0), rows[-1] + 2
+    columns = np.flatnonzero(both[top:bottom].any(axis=0))
+    left, right = max(int(columns[0]) - 1, 0), int(columns[-1]) + 1  # in bytes
+    boxes = [packed[top:bottom, left:right] for packed in (prediction, mask)]
+    pair = np.zeros((2, len(boxes[0]), _units(8 * (right - left) + radius, 64) * 8), dtype=np.uint8)
+    pair[:, :, :right - left] = boxes
+    pair = pair.view(">u8").astype(np.uint64)  # [2, rows, words]: the leftmost pixel in the highest bit
+
+    boundaries = _boundaries(pair, width - 8 * left)
+    lengths = _count(boundaries)
+    hits = _hits(boundaries, radius) if lengths.all() else (0, 0)
+    return _count(pair[0] & pair[1]), _count(pair[0] | pair[1]), *lengths, *hits
 
 
 def _tensor_counts(prediction: torch.Tensor, mask: torch.Tensor, width: int, radius: int) -> tuple[torch.Tensor, ...]:
     """Return the counts of `_frame_counts`, int64 [n] each, of packed tensors uint8 [n, H, ceil(width / 8)]."""
-    padding = -(-(width + radius) // 8) - prediction.shape[-1]
+    padding = _units(width + radius, 8) - prediction.shape[-1]
     pair = torch.nn.functional.pad(torch.stack([prediction, mask]), (0, padding))
     boundaries = _boundaries(pair, width)
     return _count(prediction & mask), _count(prediction | mask), *_count(boundaries), *_hits(boundaries, radius)
+
+
+def _units(count: int, size: int) -> int:
+    """Return how many units of `size` hold `count` bits: the quotient, rounded up."""
+    return -(-count // size)
 
 
 def _count(words: Masks) -> Masks:
@@ -233,7 +248,8 @@ def _boundaries(masks: Masks, width: int) -> Masks:
     east.reshape(-1)[:-1] |= masks.reshape(-1)[1:] >> (bits - 1)
     across = masks ^ east
     last_column = 1 << (bits - 1 - (width - 1) % bits)
-    across[..., (width - 1) // bits] &= (1 << bits) - 1 - last_column
+    last_word = (width - 1) // bits  # beyond a crop that leaves it out, and then nothing is done
+    across[..., last_word:last_word + 1] &= (1 << bits) - 1 - last_column
     across[..., -1] &= (1 << bits) - 2  # the last bit of a row saw the first of the next
     # Of four pixels, all are equal when the two above are, the two below, and the two on the left.
     down = (masks[..., :-1, :] ^ masks[..., 1:, :]) | across[..., 1:, :]
@@ -255,35 +271,20 @@ def _dilate(masks: Masks, radius: int) -> Masks:
         while reach < run:
             step = min(2 * reach + 1, run - reach, 8 * masks.itemsize - 1)  # a longer one would leave gaps
             wide, reach = _widen(wide, step), reach + step
-        near[..., dy:, :] |= wide[..., :height - dy, :]
-        near[..., :height - dy, :] |= wide[..., dy:, :]
+        below, above = near[..., dy:, :], near[..., :height - dy, :]  # `near[...] |= x` would also copy it to itself
+        below |= wide[..., :height - dy, :]
+        above |= wide[..., dy:, :]
     return near
 
 
 def _widen(masks: Masks, step: int) -> Masks:
     """Return the masks with themselves moved `step` pixels left and right added; step < bits a word."""
     carry = 8 * masks.itemsize - step
-    wide = (masks << step) | masks | (masks >> step)
+    wide = masks << step
+    wide |= masks
+    wide |= masks >> step
     flat, source = wide.reshape(-1), masks.reshape(-1)
-    flat[:-1] |= source[1:] >> carry
-    flat[1:] |= source[:-1] << carry
+    to_left, to_right = flat[:-1], flat[1:]
+    to_left |= source[1:] >> carry
+    to_right |= source[:-1] << carry
     return wide
-
-
-def _crop(boundaries: np.ndarray, radius: int) -> np.ndarray:
-    """Return the part of two boundaries uint64 [2, H, words] where they can lie within `radius` of each other.
-
-    It ends in as many zero words as `radius` needs, and is empty where they cannot meet.
-    """
-    margin = -(-radius // 64)  # in words
-    top = left = 0
-    bottom, right = boundaries.shape[1:]
-    for boundary in boundaries:
-        rows, columns = np.nonzero(boundary != 0)
-        if not len(rows):
-            return boundaries[:, :0]
-        top, bottom = max(top, rows[0] - radius), min(bottom, rows[-1] + 1 + radius)
-        left, right = max(left, columns.min() - margin), min(right, columns.max() + 1 + margin)
-    cropped = np.zeros((2, max(bottom - top, 0), max(right - left, 0) + margin), dtype=np.uint64)
-    cropped[:, :, :right - left] = boundaries[:, top:bottom, left:right]
-    return cropped

@@ -77,6 +77,7 @@ class Outline:
         self.amplitude = rng.uniform(0.3, 1, 4) * (0.22, 0.14, 0.08, 0.05)  # of 2, 3, 4 and 5 waves around
         self.phase = rng.uniform(0, 2 * np.pi, 4)
         self.speed = rng.uniform(-0.35, 0.35, 4)  # radians a frame
+        self.angle = float(rng.uniform(0, 2 * np.pi))
         self.spin = rng.uniform(0.02, 0.08) * rng.choice([-1, 1])  # radians a frame
 
     def at(self, time: float, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -85,7 +86,7 @@ class Outline:
         distance: pixels outside the outline along the ray from the centre, negative inside.
         v, u: the offsets in the object's own turning frame, for its texture.
         """
-        angle = float(self.spin * time)
+        angle = self.angle + float(self.spin * time)
         u = x * math.cos(angle) + y * math.sin(angle)
         v = y * math.cos(angle) - x * math.sin(angle)
         theta = np.arctan2(v, u)

@@ -154,23 +154,36 @@ class WandbServer:
         self.runs[spec["runName"]]["uses"].append(spec["artifactID"])
         return {"useArtifact": {"artifact": {"id": spec["artifactID"]}}}
 
+    def do_GetDefaultEntity(self, _):
+        return {"viewer": {"id": "user", "entity": ENTITY}}
+
+    def do_OrganizationCoreWeaveOrganizationID(self, _):
+        return {"entity": {"organization": None}}
+
+    def do_ArtifactByID(self, v):
+        return {"artifact": self.describe(self.artifacts[v["id"]])}
+
     def do_ArtifactMembershipByName(self, v):
         artifact = self.artifact(v["name"])
-        if artifact is None or artifact["project"] != v["project"]:
+        if v["entity"] != ENTITY or artifact is None or artifact["project"] != v["project"]:
             return {"project": {"artifactCollectionMembership": None}}
-        project = {"id": v["project"], "internalId": v["project"], "name": v["project"], "entity": {"name": v["entity"]}}
+        described = self.describe(artifact)
+        return {"project": {"artifactCollectionMembership": {
+            "__typename": "ArtifactCollectionMembership", "id": f"member-{artifact['id']}", "versionIndex": described["versionIndex"],
+            "createdAt": described["createdAt"], "aliases": described["aliases"], "artifactCollection": described["artifactSequence"],
+            "artifact": described}}}
+
+    def describe(self, artifact):
+        """Return an artifact as GraphQL describes one."""
+        project = {"id": artifact["project"], "internalId": artifact["project"], "name": artifact["project"], "entity": {"name": ENTITY}}
         collection = {"__typename": "ArtifactSequence", "name": artifact["name"], "project": project}
         aliases = [{"__typename": "ArtifactAlias", "id": alias, "alias": alias, "artifactCollection": collection} for alias in artifact["aliases"]]
-        number = int(artifact["version"][1:])
-        node = {"__typename": "Artifact", "id": artifact["id"], "artifactSequence": collection, "versionIndex": number,
+        entries = self.entries(artifact).values()
+        return {"__typename": "Artifact", "id": artifact["id"], "artifactSequence": collection, "versionIndex": int(artifact["version"][1:]),
                 "artifactType": {"name": artifact["type"]}, "description": None, "metadata": json.dumps(artifact["metadata"]),
-                "ttlDurationSeconds": -2, "ttlIsInherited": True, "tags": [], "historyStep": None, "state": "COMMITTED",
-                "size": sum(entry["size"] for entry in self.entries(artifact).values()), "digest": artifact["digest"],
-                "commitHash": "0", "fileCount": len(self.entries(artifact)), "createdAt": "2026-01-01T00:00:00Z",
-                "updatedAt": "2026-01-01T00:00:00Z", "aliases": aliases}
-        return {"project": {"artifactCollectionMembership": {
-            "__typename": "ArtifactCollectionMembership", "id": f"member-{artifact['id']}", "versionIndex": number, "createdAt": "2026-01-01T00:00:00Z",
-            "aliases": aliases, "artifactCollection": collection, "artifact": node}}}
+                "ttlDurationSeconds": -2, "ttlIsInherited": True, "tags": [], "historyStep": None, "state": artifact["state"],
+                "size": sum(entry["size"] for entry in entries), "digest": artifact["digest"], "commitHash": "0",
+                "fileCount": len(entries), "createdAt": "2026-01-01T00:00:00Z", "updatedAt": "2026-01-01T00:00:00Z", "aliases": aliases}
 
     def do_ArtifactType(self, v):
         artifact = self.artifact(v["name"])

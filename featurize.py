@@ -1,0 +1,165 @@
+"""Turn frames into features: a frozen, pretrained network runs over every frame once.
+
+    python featurize.py --data DAVIS --split train --featurizer alexnet
+
+writes features/alexnet-train/ (features.npy, masks.npy, paths.json, meta.json), about 0.18 MB a frame.
+A run that was stopped goes on where it was when the same command is given again.
+"""
+import argparse
+import copy
+import os
+import platform
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import clips
+import data
+from cli import Parser, add_run_flags, choose_device, positive_int, progress, run
+from featurizers import FEATURIZERS, Featurizer, build_featurizer, count_flops, count_parameters, weights_digest
+from files import BadInput, refuse_existing
+from partial import PartialFolder
+
+DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", type=Path, required=True,
+                       help="a DAVIS root, a contest folder with paths.json, a folder of frames, or a video file")
+    group.add_argument("--split", default=None, help="the split of a DAVIS root, e.g. train (its ImageSets name it)")
+    group.add_argument("--limit", type=positive_int, default=None, help="only the first N frames (default: all)")
+    group.add_argument("--size", type=parse_size, default=None, metavar="HxW",
+                       help="resize frames of another size to this (default: the first frame's size)")
+    group.add_argument("--out", type=Path, default=None, help="folder to write (default: features/<featurizer>-<split>)")
+    group = parser.add_argument_group("featurizer")
+    group.add_argument("--featurizer", default="efficientnet_lite0",
+                       help=f"{', '.join(FEATURIZERS)}, or a torchvision network such as resnet50 (default: efficientnet_lite0)")
+    group.add_argument("--levels", default=None,
+                       help="comma-separated strides to store, e.g. s8,s16,s32,s16@0.5 (default: s32 of alexnet, s8,s16,s32 of others)")
+    group.add_argument("--weights", default=None, help="a state dict to load, or 'random' (default: pretrained on ImageNet)")
+    group.add_argument("--dtype", choices=["float16", "float32"], default="float16", help="of what is stored (default: float16)")
+    group.add_argument("--compute", choices=["auto", "float32", "bfloat16"], default="auto",
+                       help="arithmetic of the network (default: bfloat16 where the device is fast at it)")
+    group.add_argument("--batch-size", type=positive_int, default=8, help="frames at a time (default: 8)")
+    add_run_flags(parser)
+    return parser.parse_args()
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Parse "480x854" as (H, W) (argparse type)."""
+    try:
+        height, width = map(int, text.lower().split("x"))
+        if min(height, width) >= 32:
+            return height, width
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTH in pixels, at least 32x32, found {text}")
+
+
+def choose_compute(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that --compute names; auto is bfloat16 on CUDA, and on CPUs with instructions for it."""
+    if name != "auto":
+        return DTYPES[name]
+    fast = device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
+    return torch.bfloat16 if fast else torch.float32
+
+
+def to_tensor(images: list[np.ndarray], size: tuple[int, int], device: torch.device) -> torch.Tensor:
+    """Stack frames uint8 [H, W, 3] into uint8 [B, 3, H, W] on `device`, resized (bilinear) to `size` = (H, W) where they differ."""
+    tensors = [torch.from_numpy(image).permute(2, 0, 1) for image in images]
+    tensors = [tensor if tensor.shape[1:] == size else torch.nn.functional.interpolate(
+        tensor[None].float(), size, mode="bilinear", antialias=True).round().clamp(0, 255).to(torch.uint8)[0]
+        for tensor in tensors]
+    return torch.stack(tensors).to(device, non_blocking=True)
+
+
+def make_meta(args: argparse.Namespace, frames: list[clips.Frame], sizes: list[tuple[int, int]], size: tuple[int, int],
+              featurizer: Featurizer, shapes: dict[str, list[int]], flops: int) -> dict:
+    """Return meta.json but for the digests of the arrays."""
+    return {
+        "format": data.FORMAT, "featurizer": args.featurizer, "levels": shapes, "dtype": args.dtype,
+        "weights": weights_digest(featurizer), "parameters": count_parameters(featurizer), "flops_per_frame": flops,
+        "preprocessing": {"mean": featurizer.mean, "std": featurizer.std, "compute": str(featurizer.compute)[6:]},
+        "size": size, "sizes": None if all(other == size for other in sizes) else sizes,
+        "clips": [frame.clip for frame in frames], "names": [frame.name for frame in frames],
+        "data": str(args.data.resolve()), "split": args.split,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+    }
+
+
+def relative(path: Path, root: Path) -> str:
+    """A path as paths.json holds it: below the data root, with slashes; a video's own name for its frames."""
+    return path.name if path == root else path.relative_to(root).as_posix()
+
+
+def write_masks(frames: list[clips.Frame], size: tuple[int, int], file: Path, threads: int) -> None:
+    """Decode every annotation and write masks.npy, packed."""
+    height, width = size
+    writer = data.ArrayWriter(file, (len(frames), height, -(-width // 8)), np.uint8)
+    masks = clips.read_packed_masks(frames, size, threads)
+    for first, part in enumerate(progress(masks, "masks", len(frames))):
+        writer.write(first, part)
+    writer.close()
+
+
+def main() -> None:
+    args = parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = choose_device(args.device)
+    out = args.out or Path("features") / f"{args.featurizer}-{args.split or args.data.stem}"
+    refuse_existing(out, args.overwrite)
+
+    frames = clips.find_frames(args.data, args.split)[:args.limit]
+    sizes = clips.check_frames(frames)
+    size = args.size or sizes[0]
+    featurizer = build_featurizer(args.featurizer, args.levels and args.levels.split(","), args.weights, args.seed,
+                                  choose_compute(args.compute, device))
+    example = torch.zeros(1, 3, *size, dtype=torch.uint8, device="meta")  # shapes and FLOPs, without computing
+    sketch = copy.deepcopy(featurizer).to("meta")
+    shapes = {level: list(maps.shape[1:]) for level, maps in zip(featurizer.levels, sketch(example))}
+    meta = make_meta(args, frames, sizes, size, featurizer, shapes, count_flops(sketch, example))
+    dtype = np.dtype(args.dtype)
+    total = sum(len(frames) * int(np.prod(shape)) * dtype.itemsize for shape in shapes.values())
+    print(f"{len(frames)} frames of {len(set(meta['clips']))} clips, {size[1]} x {size[0]}; "
+          f"{args.featurizer} on {device} in {meta['preprocessing']['compute']}, "
+          f"{meta['parameters']:,} parameters, {meta['flops_per_frame'] / 1e9:.2f} GFLOP a frame")
+    print(f"levels {', '.join(f'{level} {shape}' for level, shape in shapes.items())}: {total / 1e6:,.0f} MB of {args.dtype}")
+
+    threads = args.threads or os.cpu_count() or 2
+    plan = {**meta, "raw": [relative(frame.image, args.data) for frame in frames], "batch": args.batch_size}
+    with PartialFolder(out, plan, args.overwrite) as partial:
+        if frames[0].annotation is not None and not partial.has("masks.npy"):
+            write_masks(frames, size, partial.path / "masks.npy", threads)
+            partial.note("masks.npy")
+        writers = [data.ArrayWriter(partial.path / data.level_file(level, shapes), (len(frames), *shape), dtype)
+                   for level, shape in shapes.items()]
+        batches = [range(first, min(first + args.batch_size, len(frames))) for first in range(0, len(frames), args.batch_size)]
+        todo = [batch for batch in batches if not partial.has_rows(batch[0], len(batch), writers)]
+        if len(todo) < len(batches):
+            print(f"going on from an earlier run: {len(batches) - len(todo)} of {len(batches)} batches are there")
+        images = clips.read_images([frames[index] for batch in todo for index in batch], threads)
+        featurizer.to(device)
+        for batch in progress(todo, "featurize"):
+            inputs = to_tensor([next(images) for _ in batch], size, device)  # uint8 [B, 3, H, W]
+            with torch.inference_mode():
+                maps = [level.to(DTYPES[args.dtype]).cpu().numpy() for level in featurizer(inputs)]
+            if not all(np.isfinite(level).all() for level in maps):
+                raise BadInput(f"{frames[batch[0]].image}: its features do not fit {args.dtype}, or are not finite; "
+                               "pass --dtype float32 --compute float32")
+            for writer, level in zip(writers, maps):
+                writer.write(batch[0], level)
+            partial.note_rows(batch[0], maps)
+        for writer in writers:
+            writer.close()
+        partial.finish(meta, {"raw": plan["raw"], **({"annotation": [relative(frame.annotation, args.data) for frame in frames]}
+                                                     if frames[0].annotation is not None else {})})
+    print(f"wrote {out}: {total / 1e6:,.0f} MB\nnext: python train.py --features {out}")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

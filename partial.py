@@ -1,0 +1,121 @@
+"""A feature folder in the making: kept when featurizing stops, verified and continued by the next run.
+
+While it is made it lives beside its final place as .<name>.partial, with plan.json (what is being made)
+and progress.jsonl (a line per batch written: first row and a SHA-256 of its rows). Only the whole
+folder, with its meta.json, is renamed to its final name.
+"""
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from data import ArrayWriter, as_column
+from files import BadInput, read_json, refuse_existing, sha256, write_json
+
+
+class PartialFolder:
+    """The folder that `out` will be, held by one job at a time. Use as a context manager.
+
+    What an earlier run with the same plan wrote is kept; what one with another plan wrote is dropped.
+    Raises BadInput when another process is writing the same folder, or the disk is full.
+    """
+
+    def __init__(self, out: Path, plan: dict, overwrite: bool):
+        self.out, self.overwrite = out, overwrite
+        self.plan = json.loads(json.dumps(plan))  # as it will be read back
+        self.path = out.with_name(f".{out.name}.partial")
+
+    def __enter__(self):
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.path / "lock", "a")
+        except OSError as error:
+            raise BadInput(f"{self.path}: cannot be made ({error.strerror}); choose another --out") from error
+        if not try_lock(self.lock):
+            raise BadInput(f"{self.out}: another process is writing it; wait for it, or choose another --out")
+        plan_file = self.path / "plan.json"
+        if not plan_file.exists() or read_json(plan_file) != self.plan:
+            for file in self.path.iterdir():
+                if file.name != "lock":
+                    file.unlink()
+            write_json(plan_file, self.plan)
+        self.progress = self.path / "progress.jsonl"
+        self.notes = read_notes(self.progress)
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        self.lock.close()
+        if isinstance(error, BadInput):  # the input is to blame: nothing worth keeping, nothing half-written
+            shutil.rmtree(self.path, ignore_errors=True)
+        elif isinstance(error, OSError):
+            raise BadInput(f"{self.path}: cannot be written ({error.strerror or error}); free some space and give the "
+                           "same command again: it goes on from what is there") from error
+
+    def has(self, name: str) -> bool:
+        """Whether the file `name` was wholly written by an earlier run, and still holds the same bytes."""
+        file = self.path / name
+        return name in self.notes and file.exists() and self.notes[name] == sha256(file)
+
+    def note(self, name: str) -> None:
+        """Note that the file `name` is wholly written."""
+        self.append({"key": name, "sha256": sha256(self.path / name)})
+
+    def has_rows(self, first: int, count: int, writers: list[ArrayWriter]) -> bool:
+        """Whether rows first .. first + count were written by an earlier run, and still hold the same bytes."""
+        if str(first) not in self.notes:
+            return False
+        sha = hashlib.sha256()
+        for writer in writers:
+            sha.update(writer.read(first, count))
+        return sha.hexdigest() == self.notes[str(first)]
+
+    def note_rows(self, first: int, arrays: list[np.ndarray]) -> None:
+        """Note that the rows from `first` on, one array per level, are written."""
+        sha = hashlib.sha256()
+        for array in arrays:
+            sha.update(np.ascontiguousarray(array).data)
+        self.append({"key": str(first), "sha256": sha.hexdigest()})
+
+    def append(self, line: dict) -> None:
+        with open(self.progress, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def finish(self, meta: dict, columns: dict[str, list[str]]) -> None:
+        """Write paths.json and meta.json with the arrays' digests, and rename the folder to its final name."""
+        write_json(self.path / "paths.json", {name: as_column(paths) for name, paths in columns.items()})
+        digests = {file.name: sha256(file) for file in sorted(self.path.glob("*.npy"))}
+        write_json(self.path / "meta.json", {**meta, "sha256": digests})
+        refuse_existing(self.out, self.overwrite)  # another process may have made it meanwhile
+        for name in ("plan.json", "progress.jsonl", "lock"):
+            (self.path / name).unlink()
+        if self.out.exists():
+            shutil.rmtree(self.out)
+        os.rename(self.path, self.out)
+
+
+def read_notes(file: Path) -> dict[str, str]:
+    """Read progress.jsonl into {key: digest}; a line cut short by a kill is left out."""
+    notes = {}
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []:
+        try:
+            note = json.loads(line)
+            notes[note["key"]] = note["sha256"]
+        except (ValueError, KeyError, TypeError):
+            continue
+    return notes
+
+
+def try_lock(file) -> bool:
+    """Take the exclusive lock of an open file, which the system drops when its process ends; false when it is taken."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such lock: there, do not run the same command twice at once
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False

@@ -1,0 +1,528 @@
+"""The run's log, always; Weights & Biases, only when asked for.
+
+Every script opens one tracker, and what it logs goes to a local JSON-lines file and, with
+`--wandb offline` or `--wandb online`, to Weights & Biases as well:
+
+    account = tracking.from_flags(args)                          # right after parsing
+    folder, used = tracking.fetch(args.features, account)        # a path, or wandb:entity/project/name:alias
+    with tracking.start(account, "train", config, log=out / "log.jsonl") as tracker:
+        tracker.use(used)                                        # lineage
+        tracker.log(step, {"loss": 0.3})
+        tracking.log_model(tracker, "linear", final, checkpoints, metadata)
+
+`wandb` is imported inside functions, so everything else works without it. Nothing it does stops a
+run: a lost network or a failed upload is told once, and the end says how to upload later.
+Console output, code and git state stay on this machine, and API keys are cut out of what is logged.
+"""
+import argparse
+import base64
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from files import BadInput, read_json, sha256, write_json
+
+MODES = ("disabled", "offline", "online")
+SPELLINGS = {"dryrun": "offline", "run": "online", "": "disabled"}  # what else the client takes as WANDB_MODE
+CLASS_LABELS = {0: "background", 1: "object"}
+INIT_SECONDS = 30  # how long to wait for the server at the start; WANDB_INIT_TIMEOUT overrides
+FINISH_SECONDS = 300  # how long to wait for uploads at the end; WANDB_FINISH_TIMEOUT overrides
+
+# The contest's entry names, by artifact type, and what our readers call the same file. Both are plain
+# NumPy or PyTorch files: np.load opens an entry `features_array`, torch.load one called `final_model`.
+ENTRIES = {
+    "featurized-data": {"features_array": "features.npy", "masks": "masks.npy"},
+    "trained-model": {"final_model": "model.pt"},
+}
+
+
+class Account(NamedTuple):
+    """Where a run logs to, and where a short artifact name is looked up."""
+
+    mode: str  # disabled, offline or online
+    project: str
+    entity: str | None  # None: the default one of the API key
+    name: str | None  # the run's name; None: Weights & Biases makes one up
+
+
+def add_tracking_flags(parser: argparse.ArgumentParser) -> None:
+    """Add --wandb, --project, --entity and --run-name to a script's parser."""
+    group = parser.add_argument_group("Weights & Biases")
+    group.add_argument("--wandb", choices=MODES, default=None, help="log there too (default: WANDB_MODE, else disabled)")
+    group.add_argument("--project", default=None, help="project (default: WANDB_PROJECT, else davis)")
+    group.add_argument("--entity", default=None, help="user or team (default: WANDB_ENTITY, else the key's own)")
+    group.add_argument("--run-name", default=None, help="name of the run (default: made up by Weights & Biases)")
+
+
+def from_flags(args: argparse.Namespace) -> Account:
+    """Return the account that flags and environment name; call it right after parsing.
+
+    Started by a sweep agent, a run is online unless told otherwise: the agent waits for its metrics.
+    Raises BadInput for a WANDB_MODE there is not, and when logging is asked for without wandb installed.
+    """
+    mode = args.wandb
+    if mode is None:
+        default = "online" if os.environ.get("WANDB_SWEEP_ID") else "disabled"
+        found = os.environ.get("WANDB_MODE", default).lower()
+        mode = SPELLINGS.get(found, found)
+        if mode not in MODES:
+            raise BadInput(f"WANDB_MODE={found}: expected one of {', '.join(MODES)}; unset it or pass --wandb")
+    if mode != "disabled":
+        import_wandb(f"--wandb {mode}")
+    project = args.project or os.environ.get("WANDB_PROJECT") or "davis"
+    return Account(mode, project, args.entity or os.environ.get("WANDB_ENTITY"), args.run_name)
+
+
+def import_wandb(wanted_by: str):
+    """Return the wandb module. Raises BadInput, naming what wanted it, when it is not installed."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise BadInput(f"{wanted_by}: needs the package wandb, which cannot be imported ({error}); "
+                       "pip install wandb, or go on without it (--wandb disabled, and a local folder)") from None
+    return wandb
+
+
+def sweep_run_id() -> str | None:
+    """Return the run id that a sweep agent gave this process, else None: a folder name no other run of it has."""
+    return os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
+
+
+def redact(value):
+    """Return `value` (nested dicts, lists and scalars) as JSON can hold it, without API keys and passwords in URLs."""
+    if isinstance(value, dict):
+        return {str(key): redact(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [redact(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    text = re.sub(r"://[^/@\s]+@", "://***@", str(value))
+    key = os.environ.get("WANDB_API_KEY")
+    return text.replace(key, "***") if key else text
+
+
+class Tracker:
+    """One run's log. Made by `start`, used in a `with` block.
+
+    `run` is the wandb run, or None while nothing is logged there. `failed` says that something
+    could not be uploaded, which has then been told.
+    """
+
+    def __init__(self, account: Account, log: Path | None):
+        self.account, self.path = account, log
+        self.run, self.failed, self.folder = None, False, None
+        self.artifacts = []  # those logged, to see at the end whether they arrived
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.finish(exit_code=0 if kind is None else 1)
+
+    def log(self, step: int, row: dict) -> None:
+        """Log the numbers and strings of `row` at `step` (which never decreases).
+
+        The local line holds {"step": step, **row} with NaN and infinity as null, which JSON can say.
+        Raises BadInput when the local log cannot be written.
+        """
+        row = redact(row)
+        if self.path is not None:
+            finite = {key: None if isinstance(item, float) and not math.isfinite(item) else item for key, item in row.items()}
+            try:
+                with open(self.path, "a", encoding="utf-8") as file:  # opened anew: a line is on disk, or it is not
+                    file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
+            except OSError as error:
+                raise BadInput(f"{self.path}: cannot be written ({error.strerror}); free some space") from error
+        with self.going_on("metrics"):
+            if self.run is not None:
+                self.run.log(row, step=step)
+
+    def image(self, step: int, frame, prediction, mask=None, caption: str = "", key: str = "prediction") -> None:
+        """Log a frame [H, W, 3] uint8 with its predicted and true masks [H, W], 0 or 1, as switchable layers."""
+        if self.run is None:
+            return
+        with self.going_on("an image"):
+            import wandb
+            layers = {"predictions": prediction} | ({} if mask is None else {"ground_truth": mask})
+            masks = {layer: {"mask_data": data.astype("uint8"), "class_labels": CLASS_LABELS} for layer, data in layers.items()}
+            self.run.log({key: wandb.Image(frame, masks=masks, caption=caption or None)}, step=step)
+
+    def watch(self, model, every: int) -> None:
+        """Log histograms of `model`'s gradients every `every` steps."""
+        with self.going_on("gradients"):
+            if self.run is not None:
+                self.run.watch(model, log="gradients", log_freq=every)
+
+    def summary(self, values: dict) -> None:
+        """Set the run's final numbers, as the run table shows them."""
+        with self.going_on("the summary"):
+            if self.run is not None:
+                self.run.summary.update(redact(values))
+
+    def use(self, name: str | None) -> None:
+        """Record "entity/project/name:version", as `fetch` returned it, as an input of this run.
+
+        Offline there is no server to tell, so the name goes to the run's config under `used`.
+        """
+        if self.run is None or name is None:
+            return
+        with self.going_on("lineage"):
+            if self.account.mode == "online":
+                self.run.use_artifact(name)
+            else:
+                self.run.config.update({"used": [*self.run.config.get("used", []), name]}, allow_val_change=True)
+
+    def artifact(self, name: str, type: str, files: dict, metadata: dict, aliases=(), tables=None) -> None:
+        """Log the artifact `name` of `type` with files {entry name: local path} and tables {entry name: wandb.Table}.
+
+        The files are copied aside first, so that they may change while the upload goes on.
+        """
+        if self.run is None:
+            return
+        with self.going_on(f"the artifact {name}"):
+            import wandb
+            artifact = wandb.Artifact(name, type=type, metadata=redact(metadata))
+            for entry, path in files.items():
+                artifact.add_file(str(path), name=entry, skip_cache=True)
+            for entry, table in (tables or {}).items():
+                artifact.add(table, entry)
+            self.artifacts.append(self.run.log_artifact(artifact, aliases=["latest", *aliases]))
+
+    @contextlib.contextmanager
+    def going_on(self, what: str):
+        """Turn any failure of the client within the block into one warning a run; the work goes on."""
+        try:
+            yield
+        except BadInput:
+            raise
+        except Exception as error:  # the client raises its own, requests', pydantic's and plain ones alike
+            self.warn(f"{what} could not be logged ({first_line(error)})")
+
+    def warn(self, message: str) -> None:
+        """Say once a run that logging failed; later failures have the same cause as a rule."""
+        if not self.failed:
+            say(f"{message}; going on without, the local files are complete")
+        self.failed = True
+
+    def finish(self, exit_code: int = 0) -> None:
+        """Wait for uploads, at most FINISH_SECONDS, and say how to upload what is left. Called by `with`."""
+        if self.run is None:
+            return
+        run, self.run = self.run, None
+        try:
+            run.finish(exit_code=exit_code)
+            if self.account.mode == "online":
+                for artifact in self.artifacts:
+                    artifact.wait(timeout=1)  # seconds; `finish` has waited, this only asks how it went
+        except Exception as error:
+            self.warn(f"not everything was uploaded ({first_line(error)})")
+        finally:  # said after an interrupt too
+            if self.failed or self.account.mode == "offline":
+                say(f"to upload this run: wandb sync {self.folder}")
+
+
+def say(message: str) -> None:
+    """Print one line about Weights & Biases on standard error."""
+    print(f"Weights & Biases: {redact(message)}", file=sys.stderr, flush=True)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its kind when it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def start(account: Account, job: str, config: dict, log: Path | None = None, append: bool = False) -> Tracker:
+    """Open the tracker of one run.
+
+    `job` is the job type: featurize, train, run-val, run-test or val-eval. `config` is what the run was
+    asked to do. `log` is the local JSON-lines file, started afresh unless `append`.
+    A server that does not answer is told once and the run logged offline. Raises BadInput, before any
+    work, when there is no usable API key and nobody to ask for one.
+    """
+    tracker = Tracker(account, None if log is None else Path(log))
+    if log is not None and not append:
+        try:
+            Path(log).write_text("", encoding="utf-8")
+        except OSError as error:
+            raise BadInput(f"{log}: cannot be written ({error.strerror}); choose another --out") from error
+    if account.mode == "disabled":
+        return tracker
+    wandb = import_wandb(f"--wandb {account.mode}")
+    try:
+        tracker.run = init(wandb, account, account.mode, job, config)
+    except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
+        if "onnect" not in str(error) and "timed out" not in str(error):  # it is the key, not the network
+            raise BadInput(f"--wandb online: no API key that works ({redact(first_line(error))}); set WANDB_API_KEY, "
+                           "run `wandb login`, or pass --wandb offline") from None
+        tracker.warn(f"no answer from the server ({first_line(error)}), logging offline")
+    except Exception as error:
+        tracker.warn(f"no answer from the server ({first_line(error)}), logging offline")
+    if tracker.run is None:
+        tracker.account = account._replace(mode="offline")
+        tracker.run = init(wandb, account, "offline", job, config)
+    tracker.folder = tracker.run.settings.sync_dir
+    say(f"logging {tracker.account.mode} to {tracker.run.url or tracker.folder}")
+    return tracker
+
+
+def init(wandb, account: Account, mode: str, job: str, config: dict):
+    """Call wandb.init so that nothing but what the scripts log leaves this machine, and nothing waits for ever."""
+    limits = {"init_timeout": INIT_SECONDS, "finish_timeout": FINISH_SECONDS}
+    chosen = {key: seconds for key, seconds in limits.items() if f"WANDB_{key.upper()}" not in os.environ}
+    settings = wandb.Settings(console="off", quiet=True, save_code=False, disable_code=True, disable_git=True,
+                              finish_timeout_raises=True, **chosen)
+    return wandb.init(project=account.project, entity=account.entity, name=account.name, mode=mode, job_type=job,
+                      config=redact(config), settings=settings)
+
+
+# What the contest calls things. Each function logs one script's artifact, and does nothing when nothing is logged.
+
+
+def entry_names(type: str, folder: Path, names) -> dict[str, Path]:
+    """Return {entry name on Weights & Biases: path} for files of ours called `names` in `folder`."""
+    called = {ours: theirs for theirs, ours in ENTRIES[type].items()}
+    return {called.get(name, name): Path(folder) / name for name in names}
+
+
+def log_features(tracker: Tracker, folder: Path, featurizer: str, split: str, metadata: dict) -> None:
+    """Log a feature folder as `<featurizer>-featurized-<split>`; its only level becomes the entry `features_array`."""
+    names = sorted(path.name for path in Path(folder).iterdir() if path.is_file())
+    files = entry_names("featurized-data", folder, names)
+    tracker.artifact(f"{featurizer}-featurized-{split}", "featurized-data", files, metadata)
+
+
+def log_model(tracker: Tracker, decoder: str, model: Path, checkpoints: list[Path], metadata: dict) -> None:
+    """Log a trained decoder as `<decoder>`: `final_model` is the file `model`, checkpoints keep their names.
+
+    The alias `latest` moves to it; `best` too unless the version that has it says a higher `val_iou`.
+    """
+    files = {"final_model": model} | {path.name: path for path in checkpoints}
+    aliases = ["best"] if beats_best(tracker, decoder, metadata.get("val_iou")) else []
+    tracker.artifact(decoder, "trained-model", files, metadata, aliases)
+
+
+def beats_best(tracker: Tracker, decoder: str, val_iou: float | None) -> bool:
+    """Return whether a model of this `val_iou` may take the alias `best` of its name on the server."""
+    if tracker.run is None or tracker.account.mode != "online" or val_iou is None:
+        return True
+    try:
+        import wandb
+        best = wandb.Api().artifact(f"{tracker.run.entity}/{tracker.run.project}/{decoder}:best")
+    except Exception:  # there is none yet, or nobody to ask
+        return True
+    return val_iou >= (best.metadata or {}).get("val_iou", -1.0)
+
+
+def log_results(tracker: Tracker, decoder: str, files: dict, metadata: dict) -> None:
+    """Log the submission as `<decoder>-result`: files {"outputs/00000.png": path, "paths.json": path, ...}.
+
+    `metadata` holds `nparams`, which the contest demands and which is logged as a metric too.
+    """
+    tracker.summary(metadata)
+    tracker.artifact(f"{decoder}-result", "result", files, metadata)
+
+
+def log_scores(tracker: Tracker, decoder: str, split: str, rows: list[tuple], scores: dict) -> None:
+    """Log scores, and `<decoder>-result-submission` with the contest's table `<split>-eval-data`.
+
+    rows    (output, target, IoU) a frame; the pictures are PNG paths or arrays [H, W] uint8, 0 to 255; an
+            IoU of a frame empty in both is -1, as the contest writes it.
+    scores  has `mean_iou`, the contest's, which goes out as `segmentation_metric` too.
+    """
+    tracker.summary({**scores, "segmentation_metric": scores["mean_iou"]})
+    if tracker.run is None:
+        return
+    with tracker.going_on("the table of scores"):
+        import wandb
+        table = wandb.Table(columns=["out", "target", "iou_score"])
+        for output, target, iou in rows:
+            table.add_data(picture(wandb, output, "model output"), picture(wandb, target, "target"), float(iou))
+        tracker.artifact(f"{decoder}-result-submission", "submission", {}, scores, tables={f"{split}-eval-data": table})
+
+
+def picture(wandb, source, caption: str):
+    """Return a wandb.Image of a file's path or of a grey array [H, W] uint8."""
+    if isinstance(source, (str, Path)):
+        return wandb.Image(str(source), caption=caption)
+    return wandb.Image(source, mode="L", caption=caption)
+
+
+# Fetching artifacts.
+
+
+class Reference(NamedTuple):
+    """The parts of wandb:<entity>/<project>/<name>:<alias or version>."""
+
+    entity: str
+    project: str
+    name: str
+    version: str  # an alias such as latest, or v0, v1, ...
+
+    def __str__(self):
+        return f"{self.entity}/{self.project}/{self.name}:{self.version}"
+
+
+def fetch(source: str | Path, account: Account) -> tuple[Path, str | None]:
+    """Return a local folder for `source`, and the artifact's full name for `Tracker.use`.
+
+    A source that does not start with "wandb:" is a path, returned as it is, with None. An artifact is
+    downloaded into a cache by name and version, checked against its manifest, and used again from
+    there. A version (`:v3`) that is there needs no network. An alias is looked up; where that fails,
+    or the mode is offline, what it last stood for is used, and a line says so.
+    Feature and model artifacts come with the file names that our readers expect (see ENTRIES).
+    Raises BadInput for a malformed reference, an artifact that is not there or is not what its
+    manifest says, and when it is neither in the cache nor to be had.
+    """
+    if not str(source).startswith("wandb:"):
+        return Path(source), None
+    wanted = parse_reference(str(source), account)
+    home = cache_folder() / wanted.entity / wanted.project / wanted.name
+    if re.fullmatch(r"v\d+", wanted.version) and (home / wanted.version).is_dir():
+        return home / wanted.version, str(wanted)
+    known = read_json(home / "aliases.json") if (home / "aliases.json").exists() else {}
+    try:
+        if account.mode == "offline":
+            raise ConnectionError("--wandb offline asks for no network; --wandb disabled fetches without logging")
+        artifact = find_artifact(wanted)
+    except ConnectionError as error:
+        if wanted.version not in known or not (home / known[wanted.version]).is_dir():
+            raise BadInput(f"wandb:{wanted}: not in the cache {home}, and not to be had ({redact(first_line(error))})") from None
+        say(f"using {known[wanted.version]} of {wanted} from the cache ({first_line(error)})")
+        return home / known[wanted.version], str(wanted._replace(version=known[wanted.version]))
+    folder = home / artifact.version
+    if not folder.is_dir():
+        download(artifact, str(wanted), folder)
+    if wanted.version != artifact.version:
+        write_json(home / "aliases.json", {**known, wanted.version: artifact.version})
+    return folder, str(wanted._replace(version=artifact.version))
+
+
+def parse_reference(text: str, account: Account) -> Reference:
+    """Return the parts of "wandb:[[<entity>/]<project>/]<name>:<alias or version>".
+
+    The project is the account's where it is left out; so is the entity, or the API key's own, which is asked for.
+    """
+    parts = re.fullmatch(r"wandb:(?:(?:([\w.-]+)/)?([\w.-]+)/)?([\w.-]+):([\w.-]+)", text)
+    if not parts or any(set(part or "x") == {"."} for part in parts.groups()):
+        raise BadInput(f"{text}: expected wandb:<entity>/<project>/<name>:<alias or version>, such as wandb:wandb/davis/davis2016-val:contest")
+    entity, project, name, version = parts.groups()
+    return Reference(entity or account.entity or default_entity(account), project or account.project, name, version)
+
+
+def default_entity(account: Account) -> str:
+    """Return the entity of the API key, remembered in the cache for when nobody can be asked."""
+    remembered = cache_folder() / "default-entity.json"
+    try:
+        if account.mode == "offline":
+            raise ConnectionError("--wandb offline asks for no network")
+        entity = ask(lambda wandb: wandb.Api().default_entity)
+    except ConnectionError as error:
+        if not remembered.exists():
+            raise BadInput(f"the default entity is not known ({redact(first_line(error))}); pass --entity, or write wandb:<entity>/<project>/<name>:<alias>") from None
+        return read_json(remembered)
+    remembered.parent.mkdir(parents=True, exist_ok=True)
+    write_json(remembered, entity)
+    return entity
+
+
+def cache_folder() -> Path:
+    """Return where fetched artifacts are kept, one folder a server: WANDB_CACHE_DIR, else ~/.cache/wandb."""
+    root = Path(os.environ.get("WANDB_CACHE_DIR") or Path.home() / ".cache" / "wandb")
+    return root / "fetched" / urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc.replace(":", "_")
+
+
+def ask(question):
+    """Return question(wandb), with the client's many errors as ConnectionError, or BadInput when the key is missing."""
+    wandb = import_wandb("an artifact on Weights & Biases")
+    try:
+        with contextlib.redirect_stderr(None):
+            return question(wandb)
+    except Exception as error:
+        raise ConnectionError(first_line(error)) from error
+
+
+def find_artifact(wanted: Reference):
+    """Return the artifact from the public API, without starting a run.
+
+    Raises BadInput when the server says that there is none, ConnectionError when it does not say.
+    """
+    try:
+        return ask(lambda wandb: wandb.Api().artifact(str(wanted)))
+    except ConnectionError as error:
+        if "not found" in str(error):
+            raise BadInput(f"wandb:{wanted}: there is no such artifact ({error}); check the name and alias") from None
+        raise
+
+
+def download(artifact, name: str, folder: Path) -> None:
+    """Download an artifact to `folder`, whole or not at all, and check every file against the manifest."""
+    for path, entry in artifact.manifest.entries.items():
+        check_entry(name, str(path), entry)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+    say(f"downloading {name} ({artifact.version}, {artifact.size / 1e6:.1f} MB) to {folder}")
+    try:
+        with own_cache(temporary / "cache"):
+            artifact.download(root=str(temporary / "files"))
+        for path, entry in artifact.manifest.entries.items():
+            check_digest(name, temporary / "files" / str(path), entry)
+        for theirs, ours in ENTRIES.get(artifact.type, {}).items():
+            if (temporary / "files" / theirs).is_file():
+                os.rename(temporary / "files" / theirs, temporary / "files" / ours)
+        os.rename(temporary / "files", folder)
+    except BadInput:
+        raise
+    except Exception as error:
+        if not folder.is_dir():  # else another process was first with the same version
+            raise BadInput(f"wandb:{name}: could not be downloaded ({redact(first_line(error))}); try again") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_entry(name: str, path: str, entry) -> None:
+    """Raise BadInput for a manifest entry that leaves the folder or stands for a file elsewhere."""
+    parts = PurePosixPath(path.replace("\\", "/")).parts
+    if not parts or ".." in parts or parts[0].startswith("/") or ":" in parts[0]:
+        raise BadInput(f"wandb:{name}: has an entry {path!r}, expected paths inside the artifact; do not use it")
+    if entry.ref is not None:
+        raise BadInput(f"wandb:{name}: the entry {path!r} refers to {redact(entry.ref)}, expected a stored file; fetch it by hand and pass a folder")
+
+
+def check_digest(name: str, path: Path, entry) -> None:
+    """Raise BadInput unless the file has the digest of its manifest entry: MD5, or XXH128 where it says so, in base64."""
+    if not path.is_file():
+        raise BadInput(f"wandb:{name}: the file {path.name} did not arrive; try again")
+    if entry.extra.get("alg") == "XXH128":
+        import xxhash  # comes with wandb
+        digest = xxhash.xxh128()
+    else:
+        digest = hashlib.md5(usedforsecurity=False)
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    if base64.b64encode(digest.digest()).decode() != entry.digest:
+        raise BadInput(f"wandb:{name}: the file {path.name} is not what the manifest says (digest differs); try again, or ask who made it")
+
+
+@contextlib.contextmanager
+def own_cache(folder: Path):
+    """Give the client an empty cache: its own, by digest, is never checked, and would keep a second copy."""
+    before = os.environ.get("WANDB_CACHE_DIR")
+    os.environ["WANDB_CACHE_DIR"] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["WANDB_CACHE_DIR"]
+        else:
+            os.environ["WANDB_CACHE_DIR"] = before
