@@ -1,10 +1,10 @@
 """Scores of binary masks: the contest's IoU, and J and F of the DAVIS benchmark with mean, recall and decay.
 
 A frame's masks are packed: uint8 [H, ceil(W / 8)], `np.packbits` along W with zero padding bits, so that
-counting, boundaries and dilation are bitwise operations on many pixels at once. Everything that touches
-pixels is written once, on rows of words, and runs on NumPy arrays (uint64 words, one frame at a time,
-cropped to where the boundaries can meet) and on PyTorch tensors of any device (uint8 words, many frames at
-a time, never waiting for the device). Both count the same pixels and so give the same scores.
+counting, boundaries and dilation are bitwise operations on many pixels at once. What touches pixels is
+written once, on rows of words, and runs on NumPy arrays (uint64 words, one frame at a time, cropped to the
+box that holds both masks) and on PyTorch tensors of a device (uint8 words, many frames at a time, never
+waiting for the device). Both count the same pixels and so give the same scores.
 
 Source: Perazzi et al., "A Benchmark Dataset and Evaluation Methodology for Video Object Segmentation", CVPR
 2016, and the rules of its toolkit (`db_eval_iou`, `db_eval_boundary`, `db_statistics`).
@@ -15,65 +15,70 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 PROTOCOLS = ("all", "davis2016")
 BOUND_TH = 0.008  # how far apart two boundaries may lie and still match, as a share of the frame's diagonal
 TENSOR_CHUNK = 256  # frames scored at once on a device: bounds the temporary memory, about 1 MB a frame at 480p
 
-Masks = np.ndarray | torch.Tensor
+Array = np.ndarray | torch.Tensor
 
 
 class FrameScores(NamedTuple):
     """Scores of N frames, each float64 [N] (float32 on mps, which has no float64) in 0..1."""
 
-    iou: Masks  # the contest's; NaN where prediction and mask are both empty: the contest leaves such frames out
-    J: Masks    # the same, but 1 where both are empty
-    F: Masks
+    iou: Array  # the contest's; NaN where prediction and mask are both empty: the contest leaves such frames out
+    J: Array    # the same, but 1 where both are empty
+    F: Array
 
 
-def foreground(pixels: Masks) -> Masks:
+def foreground(pixels: Array) -> Array:
     """Return which uint8 pixels (0..255, any shape) are foreground, bool: pixel / 255 rounds to 1."""
     return pixels > 127
 
 
-def pack(masks: Masks) -> Masks:
+def pack(masks: Array) -> Array:
     """Pack bool masks [..., W] into uint8 [..., ceil(W / 8)], 8 pixels a byte, the leftmost in the highest bit."""
     if isinstance(masks, np.ndarray):
         return np.packbits(masks, axis=-1)
-    masks = torch.nn.functional.pad(masks, (0, -masks.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    masks = pad(masks, (0, -masks.shape[-1] % 8)).unflatten(-1, (-1, 8))
     return sum(masks[..., i].to(torch.uint8) << (7 - i) for i in range(8))
 
 
-def contest_iou(predictions: Masks, masks: Masks) -> Masks:
+def contest_iou(predictions: Array, masks: Array) -> Array:
     """Return the contest's IoU of each frame, float64 [N]; NaN where prediction and mask are both empty.
 
     Both are arrays or both tensors, of one shape: packed uint8 [N, H, ceil(W / 8)] or bool [N, H, W].
     """
     _check_alike(predictions, masks)
-    return _iou(_count(predictions & masks), _count(predictions | masks))
+    if _on_cpu(predictions):
+        return torch.from_numpy(contest_iou(predictions.numpy(), masks.numpy()))
+    if isinstance(predictions, torch.Tensor):
+        return _iou(_count(predictions & masks), _count(predictions | masks))
+    overlaps = [(_count(p & m), _count(p | m)) for p, m in zip(predictions, masks)]  # a frame fits the cache
+    return _iou(*np.array(overlaps, dtype=np.int64).reshape(-1, 2).T)
 
 
-def score_frames(predictions: Masks, masks: Masks, width: int, bound_th: float = BOUND_TH) -> FrameScores:
+def score_frames(predictions: Array, masks: Array, width: int, bound_th: float = BOUND_TH) -> FrameScores:
     """Return contest IoU, J and F of each frame.
 
     predictions, masks: N frames of one size, packed uint8 [N, H, ceil(width / 8)] or bool [N, H, width], both
     NumPy arrays or both tensors on one device. width: pixels a row. bound_th: see `boundary_radius`.
-    From tensors the scores stay on their device, and the host waits for nothing. Raises ValueError for shapes
-    or types that do not fit together.
+    From tensors the scores are tensors on the same device, and the host waits for nothing. Raises ValueError
+    for shapes or types that do not fit together.
     """
     _check_alike(predictions, masks)
-    if predictions.dtype in (bool, torch.bool):
+    if _on_cpu(predictions):
+        return FrameScores(*map(torch.from_numpy, score_frames(predictions.numpy(), masks.numpy(), width, bound_th)))
+    is_bool = predictions.dtype in (bool, torch.bool)
+    columns = width if is_bool else _units(width, 8)
+    if predictions.shape[2] != columns:
+        raise ValueError(f"expected {columns} columns of {predictions.dtype} for a width of {width}, found {predictions.shape[2]}")
+    if is_bool:
         predictions, masks = pack(predictions), pack(masks)
-    if predictions.shape[2] != _units(width, 8):
-        raise ValueError(f"expected {_units(width, 8)} bytes a row for a width of {width}, found {predictions.shape[2]}")
     radius = boundary_radius(predictions.shape[1], width, bound_th)
-    if isinstance(predictions, np.ndarray):
-        counts = [_frame_counts(p, m, width, radius) for p, m in zip(predictions, masks)]
-        intersection, union, *boundary = np.array(counts, dtype=np.int64).reshape(-1, 6).T
-    else:
-        chunks = zip(predictions.split(TENSOR_CHUNK), masks.split(TENSOR_CHUNK))
-        counts = [torch.stack(_tensor_counts(p, m, width, radius)) for p, m in chunks]
-        intersection, union, *boundary = torch.cat(counts, dim=1)
+    count_pixels = _count_arrays if isinstance(predictions, np.ndarray) else _count_tensors
+    intersection, union, *boundary = count_pixels(predictions, masks, width, radius)
     iou = _iou(intersection, union)
     empty = union == 0
     return FrameScores(iou=iou, J=_iou(intersection + empty, union + empty), F=_f_measure(*boundary))
@@ -84,6 +89,8 @@ def boundary_radius(height: int, width: int, bound_th: float = BOUND_TH) -> int:
 
     bound_th: a share of the frame's diagonal when below 1, rounded up; else a number of pixels.
     """
+    if bound_th <= 0:
+        raise ValueError(f"expected bound_th above 0, found {bound_th}")
     return int(bound_th) if bound_th >= 1 else math.ceil(bound_th * math.hypot(height, width))
 
 
@@ -144,7 +151,12 @@ def _mean(values: np.ndarray) -> float | None:
     return float(values.mean()) if len(values) else None
 
 
-def _check_alike(predictions: Masks, masks: Masks) -> None:
+def _on_cpu(masks: Array) -> bool:
+    """Return whether these are tensors in host memory, which are scored as the arrays they share it with."""
+    return isinstance(masks, torch.Tensor) and masks.device.type == "cpu"
+
+
+def _check_alike(predictions: Array, masks: Array) -> None:
     """Raise ValueError unless both are [N, H, columns] of one shape and type, bool or uint8."""
     if predictions.ndim != 3 or predictions.shape != masks.shape:
         raise ValueError(f"expected two [N, H, columns] of one shape, found {tuple(predictions.shape)} and {tuple(masks.shape)}")
@@ -154,13 +166,13 @@ def _check_alike(predictions: Masks, masks: Masks) -> None:
 
 # From counts of pixels to scores.
 
-def _iou(intersection: Masks, union: Masks) -> Masks:
+def _iou(intersection: Array, union: Array) -> Array:
     """Return intersection / union from counts [N]; NaN where union is 0."""
     with np.errstate(invalid="ignore"):
         return _floats(intersection) / _floats(union)
 
 
-def _f_measure(prediction: Masks, mask: Masks, prediction_hits: Masks, mask_hits: Masks) -> Masks:
+def _f_measure(prediction: Array, mask: Array, prediction_hits: Array, mask_hits: Array) -> Array:
     """Return F from counts [N]: boundary pixels of each, and those of them that lie near the other's boundary.
 
     The toolkit's rules: 2 P R / (P + R), 1 where neither has a boundary, 0 where only one has or none match.
@@ -171,20 +183,35 @@ def _f_measure(prediction: Masks, mask: Masks, prediction_hits: Masks, mask_hits
     return 2 * precision * recall / (total + (total == 0)) + ((prediction == 0) & (mask == 0))
 
 
-def _floats(counts: Masks) -> Masks:
+def _floats(counts: Array) -> Array:
     """Return counts as float64, the precision of the toolkit, where the device has it."""
     if isinstance(counts, np.ndarray):
         return counts.astype(np.float64)
     return counts.to(torch.float32 if counts.device.type == "mps" else torch.float64)
 
 
-# From masks to counts of pixels.
+# From masks to counts of pixels, six a frame: intersection, union, boundary pixels of prediction and of mask,
+# and those of each that lie within `radius` of the other's.
 
-def _frame_counts(prediction: np.ndarray, mask: np.ndarray, width: int, radius: int) -> tuple[int, ...]:
-    """Return what J and F need of one frame, from packed arrays uint8 [H, ceil(width / 8)].
+def _count_arrays(predictions: np.ndarray, masks: np.ndarray, width: int, radius: int) -> np.ndarray:
+    """Return the six counts of N frames, int64 [6, N], from packed arrays uint8 [N, H, ceil(width / 8)]."""
+    counts = [_count_frame(p, m, width, radius) for p, m in zip(predictions, masks)]
+    return np.array(counts, dtype=np.int64).reshape(-1, 6).T
 
-    The counts: intersection, union, boundary pixels of prediction and mask, and those near the other's.
-    """
+
+def _count_tensors(predictions: torch.Tensor, masks: torch.Tensor, width: int, radius: int) -> torch.Tensor:
+    """Return the six counts of N frames, int64 [6, N], from packed tensors uint8 [N, H, ceil(width / 8)]."""
+    counts = []
+    padding = _units(width + radius, 8) - predictions.shape[2]
+    for prediction, mask in zip(predictions.split(TENSOR_CHUNK), masks.split(TENSOR_CHUNK)):
+        boundaries = _boundaries(pad(torch.stack([prediction, mask]), (0, padding)), width)
+        overlap = _count(prediction & mask), _count(prediction | mask)
+        counts.append(torch.stack([*overlap, *_count(boundaries), *_hits(boundaries, radius)]))
+    return torch.cat(counts, dim=1)
+
+
+def _count_frame(prediction: np.ndarray, mask: np.ndarray, width: int, radius: int) -> tuple[int, ...]:
+    """Return the six counts of one frame, from packed arrays uint8 [H, ceil(width / 8)]."""
     both = prediction | mask
     rows = np.flatnonzero(both.any(axis=1))
     if not len(rows):
@@ -205,20 +232,12 @@ def _frame_counts(prediction: np.ndarray, mask: np.ndarray, width: int, radius: 
     return _count(pair[0] & pair[1]), _count(pair[0] | pair[1]), *lengths, *hits
 
 
-def _tensor_counts(prediction: torch.Tensor, mask: torch.Tensor, width: int, radius: int) -> tuple[torch.Tensor, ...]:
-    """Return the counts of `_frame_counts`, int64 [n] each, of packed tensors uint8 [n, H, ceil(width / 8)]."""
-    padding = _units(width + radius, 8) - prediction.shape[-1]
-    pair = torch.nn.functional.pad(torch.stack([prediction, mask]), (0, padding))
-    boundaries = _boundaries(pair, width)
-    return _count(prediction & mask), _count(prediction | mask), *_count(boundaries), *_hits(boundaries, radius)
-
-
 def _units(count: int, size: int) -> int:
     """Return how many units of `size` hold `count` bits: the quotient, rounded up."""
     return -(-count // size)
 
 
-def _count(words: Masks) -> Masks:
+def _count(words: Array) -> Array:
     """Return how many pixels are set in each frame: [..., H, columns] packed words or bool -> integers [...]."""
     if isinstance(words, np.ndarray):
         return (words if words.dtype == bool else np.bitwise_count(words)).sum(axis=(-2, -1), dtype=np.uint32)
@@ -229,7 +248,7 @@ def _count(words: Masks) -> Masks:
     return words.sum(dim=(-2, -1))
 
 
-def _hits(boundaries: Masks, radius: int) -> tuple[Masks, Masks]:
+def _hits(boundaries: Array, radius: int) -> tuple[Array, Array]:
     """Return how many boundary pixels of each of the two [2, ..., H, words] lie within `radius` of the other's."""
     near = _dilate(boundaries, radius)
     return _count(boundaries[0] & near[1]), _count(boundaries[1] & near[0])
@@ -238,7 +257,7 @@ def _hits(boundaries: Masks, radius: int) -> tuple[Masks, Masks]:
 # Bitwise operations on rows of words, [..., H, words]: the first pixel of a row is the highest bit of its first
 # word. Rows end in at least `radius` zero bits, so a shift that runs into the next row lands where no pixel is.
 
-def _boundaries(masks: Masks, width: int) -> Masks:
+def _boundaries(masks: Array, width: int) -> Array:
     """Return the one-pixel boundaries: pixels that differ from their east, south or south-east neighbour.
 
     A neighbour outside the frame counts as equal. This is the toolkit's `seg2bmap`.
@@ -257,7 +276,7 @@ def _boundaries(masks: Masks, width: int) -> Masks:
     return across
 
 
-def _dilate(masks: Masks, radius: int) -> Masks:
+def _dilate(masks: Array, radius: int) -> Array:
     """Return the masks grown by a disk: every pixel within `radius` (Euclidean, inclusive) of one that is set.
 
     The disk is a stack of horizontal runs, from the shortest at its top and bottom to the longest through its
@@ -277,7 +296,7 @@ def _dilate(masks: Masks, radius: int) -> Masks:
     return near
 
 
-def _widen(masks: Masks, step: int) -> Masks:
+def _widen(masks: Array, step: int) -> Array:
     """Return the masks with themselves moved `step` pixels left and right added; step < bits a word."""
     carry = 8 * masks.itemsize - step
     wide = masks << step
