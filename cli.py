@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from tqdm import tqdm
 
-from files import BadInput
+from files import BadInput, Stopped
 
 
 class Parser(argparse.ArgumentParser):
@@ -73,6 +73,9 @@ def run(main: Callable[[], int | None]) -> int:
             raise
         print(f"{script}: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(f"{script}: {stopped}", file=sys.stderr)
+        return 128 + stopped.signal
     except KeyboardInterrupt:
         print(f"{script}: interrupted", file=sys.stderr)
         return 130

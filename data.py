@@ -228,26 +228,46 @@ def load_masks(folder: FeatureFolder, device: torch.device, verify: bool = True)
     return load_array(folder.masks, (folder.frames, height, -(-width // 8)), device, digest)
 
 
-def pool_masks(masks: torch.Tensor, size: tuple[int, int], rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Return the share of foreground in every cell of a grid, float32 [N, gh, gw] in 0..1, on the masks' device.
+def pool_masks(masks: torch.Tensor, index: torch.Tensor, size: tuple[int, int], rows: torch.Tensor,
+               columns: torch.Tensor) -> torch.Tensor:
+    """Return the share of foreground in every cell of a grid, float32 [n, gh, gw] in 0..1, on the masks' device.
 
-    masks: uint8 [N, H, ceil(W / 8)], packed along W; size: (H, W); rows: int64 [H], the grid row that each
+    masks: uint8 [N, H, ceil(W / 8)], packed along W; index: int64 [n], the frames wanted; size: (H, W); rows: int64 [H], the grid row that each
     pixel row falls in, never falling; columns: int64 [W] likewise. Counts are exact.
     """
     height, width = size
-    device = masks.device
     starts = torch.searchsorted(rows, torch.arange(int(rows[-1]) + 2))  # first pixel row of each grid row, and H
     column_sums = torch.nn.functional.one_hot(columns).float()  # [W, gw]
     area = starts.diff()[:, None].float() * column_sums.sum(0)  # [gh, gw] pixels a cell
     bounds = list(zip(starts[:-1].tolist(), starts[1:].tolist()))
-    pooled = torch.empty(len(masks), len(bounds), column_sums.shape[1], device=device)
-    for first in range(0, len(masks), 32):
-        bits = np.unpackbits(masks[first:first + 32].cpu().numpy(), axis=2, count=width)  # [n, H, W]
+    pooled = torch.empty(len(index), len(bounds), column_sums.shape[1], device=masks.device)
+    for first, part in zip(range(0, len(index), 32), index.split(32)):
+        bits = np.unpackbits(masks[part].cpu().numpy(), axis=2, count=width)  # [n, H, W]
         few = max(stop - start for start, stop in bounds) < 256  # then a cell's column sums fit a byte: faster
         sums = np.stack([np.add.reduce(bits[:, start:stop], axis=1, dtype=np.uint8 if few else np.uint32)
                          for start, stop in bounds], axis=1)  # [n, gh, W]
         pooled[first:first + 32] = torch.from_numpy(sums.astype(np.float32)) @ column_sums / area
     return pooled
+
+
+class Split(NamedTuple):
+    """Frames to validate on, or to train on: all or some of a feature folder, on the device."""
+
+    folder: FeatureFolder
+    features: Features
+    masks: torch.Tensor  # uint8 [N, H, ceil(W / 8)] of the whole folder
+    index: torch.Tensor  # int64 [n], the frames that count
+
+
+def load_split(folder: FeatureFolder, levels: list[str], device: torch.device, verify: bool) -> Split:
+    """Load a feature folder and its masks whole onto the device."""
+    return Split(folder, Features(folder, levels, device, verify), load_masks(folder, device, verify),
+                 torch.arange(folder.frames, device=device))
+
+
+def select(split: Split, index: np.ndarray) -> Split:
+    """The same folder, but only the frames of `index`."""
+    return split._replace(index=torch.from_numpy(index).to(split.index.device))
 
 
 def batch_order(step: int, frames: int, batch: int, seed: int | None) -> np.ndarray:
@@ -271,6 +291,18 @@ def split_clips(clips: list[str], share: float, seed: int) -> tuple[np.ndarray, 
     held = set(np.random.default_rng(seed).permutation(names)[:count])
     out = np.array([clip in held for clip in clips])
     return np.flatnonzero(~out), np.flatnonzero(out)
+
+
+def fold_clips(clips: list[str], folds: int, seed: int) -> list[np.ndarray]:
+    """Part frames by whole clips into `folds` about equal groups of clips: returns each group's frame indices, int64.
+
+    Raises BadInput when there are fewer clips than folds, or fewer than two folds.
+    """
+    names = sorted(set(clips))
+    if not 2 <= folds <= len(names):
+        raise BadInput(f"--folds {folds}: expected from 2 up to the number of clips, {len(names)}")
+    groups = np.array_split(np.random.default_rng(seed).permutation(names), folds)
+    return [np.flatnonzero(np.isin(clips, group)) for group in groups]
 
 
 # --- writing -----------------------------------------------------------------------------------

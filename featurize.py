@@ -6,7 +6,6 @@ writes features/alexnet-train/ (features.npy, masks.npy, paths.json, meta.json),
 A run that was stopped goes on where it was when the same command is given again.
 """
 import argparse
-import copy
 import os
 import platform
 import sys
@@ -18,11 +17,10 @@ import torch
 import clips
 import data
 from cli import Parser, add_run_flags, choose_device, positive_int, progress, run
-from featurizers import FEATURIZERS, Featurizer, build_featurizer, count_flops, count_parameters, weights_digest
+from featurizers import FEATURIZERS, Featurizer, build_featurizer, choose_compute, run_featurizer, weights_digest
 from files import BadInput, refuse_existing
+from models import count_flops, count_parameters
 from partial import PartialFolder
-
-DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def parse_args() -> argparse.Namespace:
@@ -58,23 +56,6 @@ def parse_size(text: str) -> tuple[int, int]:
     except ValueError:
         pass
     raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTH in pixels, at least 32x32, found {text}")
-
-
-def choose_compute(name: str, device: torch.device) -> torch.dtype:
-    """The dtype that --compute names; auto is bfloat16 on CUDA, and on CPUs with instructions for it."""
-    if name != "auto":
-        return DTYPES[name]
-    fast = device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
-    return torch.bfloat16 if fast else torch.float32
-
-
-def to_tensor(images: list[np.ndarray], size: tuple[int, int], device: torch.device) -> torch.Tensor:
-    """Stack frames uint8 [H, W, 3] into uint8 [B, 3, H, W] on `device`, resized (bilinear) to `size` = (H, W) where they differ."""
-    tensors = [torch.from_numpy(image).permute(2, 0, 1) for image in images]
-    tensors = [tensor if tensor.shape[1:] == size else torch.nn.functional.interpolate(
-        tensor[None].float(), size, mode="bilinear", antialias=True).round().clamp(0, 255).to(torch.uint8)[0]
-        for tensor in tensors]
-    return torch.stack(tensors).to(device, non_blocking=True)
 
 
 def make_meta(args: argparse.Namespace, frames: list[clips.Frame], sizes: list[tuple[int, int]], size: tuple[int, int],
@@ -120,9 +101,8 @@ def main() -> None:
     featurizer = build_featurizer(args.featurizer, args.levels and args.levels.split(","), args.weights, args.seed,
                                   choose_compute(args.compute, device))
     example = torch.zeros(1, 3, *size, dtype=torch.uint8, device="meta")  # shapes and FLOPs, without computing
-    sketch = copy.deepcopy(featurizer).to("meta")
-    shapes = {level: list(maps.shape[1:]) for level, maps in zip(featurizer.levels, sketch(example))}
-    meta = make_meta(args, frames, sizes, size, featurizer, shapes, count_flops(sketch, example))
+    shapes = featurizer.shapes(size)
+    meta = make_meta(args, frames, sizes, size, featurizer, shapes, count_flops(featurizer, example))
     dtype = np.dtype(args.dtype)
     total = sum(len(frames) * int(np.prod(shape)) * dtype.itemsize for shape in shapes.values())
     print(f"{len(frames)} frames of {len(set(meta['clips']))} clips, {size[1]} x {size[0]}; "
@@ -143,17 +123,15 @@ def main() -> None:
         if len(todo) < len(batches):
             print(f"going on from an earlier run: {len(batches) - len(todo)} of {len(batches)} batches are there")
         images = clips.read_images([frames[index] for batch in todo for index in batch], threads)
-        featurizer.to(device)
-        for batch in progress(todo, "featurize"):
-            inputs = to_tensor([next(images) for _ in batch], size, device)  # uint8 [B, 3, H, W]
-            with torch.inference_mode():
-                maps = [level.to(DTYPES[args.dtype]).cpu().numpy() for level in featurizer(inputs)]
-            if not all(np.isfinite(level).all() for level in maps):
+        maps = run_featurizer(featurizer.to(device), images, args.batch_size, size, device)
+        for batch, levels in zip(progress(todo, "featurize"), maps, strict=True):  # levels: [B, C, h, w] each
+            stored = [level.cpu().numpy().astype(dtype) for level in levels]
+            if not all(np.isfinite(level).all() for level in stored):
                 raise BadInput(f"{frames[batch[0]].image}: its features do not fit {args.dtype}, or are not finite; "
                                "pass --dtype float32 --compute float32")
-            for writer, level in zip(writers, maps):
+            for writer, level in zip(writers, stored):
                 writer.write(batch[0], level)
-            partial.note_rows(batch[0], maps)
+            partial.note_rows(batch[0], stored)
         for writer in writers:
             writer.close()
         partial.finish(meta, {"raw": plan["raw"], **({"annotation": [relative(frame.annotation, args.data) for frame in frames]}

@@ -6,14 +6,16 @@ A level is named by its stride, "s16", and is the last feature map the network h
 To add a featurizer: one function `(levels, weights, name) -> nn.Module` and one entry in FEATURIZERS.
 Any torchvision classification network works by its torchvision name without one.
 """
+import copy
 import hashlib
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 import torchvision
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import efficientnet_lite
@@ -44,6 +46,12 @@ class Featurizer(nn.Module):
                 frames, scale_factor=scale, mode="bilinear", antialias=True)
             maps |= {level_name(stride, scale): value for stride, value in self.network(scaled).items()}
         return [maps[level].float() for level in self.levels]
+
+
+    def shapes(self, size: tuple[int, int]) -> dict[str, list[int]]:
+        """Return {level: [C, h, w]} for frames of `size` = (H, W), without computing."""
+        maps = copy.deepcopy(self).to("meta")(torch.empty(1, 3, *size, dtype=torch.uint8, device="meta"))
+        return {level: list(value.shape[1:]) for level, value in zip(self.levels, maps)}
 
 
 class Channels(nn.Module):
@@ -231,14 +239,33 @@ def weights_digest(featurizer: nn.Module) -> str:
     return sha.hexdigest()[:16]
 
 
-def count_parameters(module: nn.Module) -> int:
-    """Return the number of values in all parameters."""
-    return sum(parameter.numel() for parameter in module.parameters())
+# --- running -----------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def count_flops(network: Callable, *inputs: torch.Tensor) -> int:
-    """Return the floating-point operations of network(*inputs), a multiply-add as two; nothing is computed."""
-    with FlopCounterMode(display=False) as counter:
-        network(*inputs)
-    return counter.get_total_flops()
+def choose_compute(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that --compute names; auto is bfloat16 on CUDA and on CPUs with instructions for it, else float32."""
+    if name == "auto":
+        fast = device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
+        return torch.bfloat16 if fast else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+@torch.inference_mode()
+def run_featurizer(featurizer: Featurizer, images: Iterator[np.ndarray], batch: int, size: tuple[int, int],
+                   device: torch.device) -> Iterator[list[torch.Tensor]]:
+    """Yield the levels of `batch` frames at a time, float32 [B, C, h, w] each, on `device`.
+
+    images: uint8 [H, W, 3] each; those of another size than `size` = (H, W) are resized to it.
+    """
+    while part := list(itertools.islice(images, batch)):
+        yield featurizer(to_tensor(part, size, device))
+
+
+def to_tensor(images: list[np.ndarray], size: tuple[int, int], device: torch.device) -> torch.Tensor:
+    """Stack frames uint8 [H, W, 3] into uint8 [B, 3, H, W] on `device`, resized (bilinear) to `size` where they differ."""
+    def resize(frame: torch.Tensor) -> torch.Tensor:
+        if frame.shape[1:] == size:
+            return frame
+        frame = nn.functional.interpolate(frame[None].float(), size, mode="bilinear", antialias=True)[0]
+        return frame.round_().clamp_(0, 255).to(torch.uint8)
+    return torch.stack([resize(torch.from_numpy(image).permute(2, 0, 1)) for image in images]).to(device)

@@ -17,6 +17,14 @@ class BadInput(Exception):
     """Something the user gave cannot be used: the message names it, what was expected, and the way out."""
 
 
+class Stopped(Exception):
+    """A signal ended the work after its state was saved; the message says how to go on. signal: its number."""
+
+    def __init__(self, number: int, message: str):
+        super().__init__(message)
+        self.signal = number
+
+
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on a clean exit flush it to disk and rename it to `path`.
@@ -101,3 +109,16 @@ def sha256(path: Path) -> str:
     """Return the SHA-256 of a file's bytes as hexadecimal, read in pieces so memory stays flat."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def try_lock(file) -> bool:
+    """Take the exclusive lock of an open file, which the system drops when its process ends; false when it is taken."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such lock: there, do not run the same command twice at once
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False

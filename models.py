@@ -7,6 +7,7 @@ decoder costs and not what the frame's pixels would.
 
 B batch, C channels, h w feature grid, gh gw the decoder's grid, H W frame.
 """
+import copy
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from data import FeatureFolder, Features
 from files import BadInput, whole_file
@@ -49,6 +51,9 @@ class Decoder(nn.Module):
     def cells(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The grid row of every pixel row, int64 [H], and the grid column of every pixel column, int64 [W]."""
         return tuple(torch.arange(pixels) * cells // pixels for pixels, cells in zip(self.size, self.grid))
+
+    def standardise(self, features: Features, index: torch.Tensor) -> None:
+        """Look at the training features once, before the first step; for a decoder that wants their mean and spread."""
 
     def loss(self, output: torch.Tensor, target: torch.Tensor, area: torch.Tensor) -> torch.Tensor:
         """Binary cross-entropy, its mean over the pixels of the frames.
@@ -105,13 +110,16 @@ class Linear(Decoder):
 
     def __init__(self, shapes: Shapes, size: tuple[int, int]):
         super().__init__(finest(shapes), size)
-        self.convs = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(channels, affine=False), nn.Conv2d(channels, 1, 1))
-                                   for channels, _, _ in shapes.values())
+        self.norms = nn.ModuleList(Standardise(channels) for channels, _, _ in shapes.values())
+        self.convs = nn.ModuleList(nn.Conv2d(channels, 1, 1) for channels, _, _ in shapes.values())
+
+    def standardise(self, features: Features, index: torch.Tensor) -> None:
+        fit(self.norms, features, index)
 
     def forward(self, levels: list[torch.Tensor]) -> torch.Tensor:
         """levels: a [B, C, h, w] for each of `shapes`. Returns logits [B, gh, gw]."""
-        return sum(F.interpolate(conv(level), self.grid, mode="bilinear", align_corners=False)[:, 0]
-                   for conv, level in zip(self.convs, levels))
+        logits = [conv(norm(level)) for norm, conv, level in zip(self.norms, self.convs, levels)]
+        return sum(F.interpolate(one, self.grid, mode="bilinear", align_corners=False)[:, 0] for one in logits)
 
 
 # name -> class(shapes, size); train.py trains it, model.pt remembers it by this name
@@ -119,6 +127,30 @@ DECODERS: dict[str, type[Decoder]] = {
     "simple": Simple,
     "linear": Linear,
 }
+
+
+class Standardise(nn.Module):
+    """Subtract each channel's mean over the training frames and divide by its standard deviation, both set by `fit`."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels, 1, 1))
+        self.register_buffer("std", torch.ones(channels, 1, 1))
+
+    def forward(self, level: torch.Tensor) -> torch.Tensor:
+        return (level - self.mean) / self.std
+
+
+@torch.no_grad()
+def fit(norms: nn.ModuleList, features: Features, index: torch.Tensor) -> None:
+    """Set one Standardise per level from the frames of `index`, int64 [n]: at most 256, spread evenly."""
+    chosen = index[:: -(-len(index) // 256)]
+    parts = [features.batch(part) for part in chosen.split(16)]
+    for norm, levels in zip(norms, zip(*parts)):
+        mean = torch.stack([level.mean((0, 2, 3)) for level in levels]).mean(0)
+        square = torch.stack([(level - mean[:, None, None]).square().mean((0, 2, 3)) for level in levels]).mean(0)
+        norm.mean.copy_(mean[:, None, None])
+        norm.std.copy_(square.sqrt()[:, None, None] + 1e-3)
 
 
 def one_level(shapes: Shapes, name: str) -> list[tuple[int, int, int]]:
@@ -228,6 +260,41 @@ def check_fit(model: dict, path: Path, folder: FeatureFolder) -> None:
         if wanted != found:
             raise BadInput(f"{folder.path}: {what} is {found}, but {path} was trained on {wanted}; "
                            "featurize these clips as the model's training clips were")
+
+
+def check_same_features(folders: list[FeatureFolder], levels: list[str]) -> None:
+    """Raise BadInput unless all folders hold the same featurizer's features at one frame size."""
+    first = folders[0]
+    model = describe("", first, levels)
+    for other in folders[1:]:
+        check_fit(model, first.path, other)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Return the number of values in all parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def count_all(decoder: nn.Module, description: dict) -> int:
+    """Return the contest's `nparams`: the parameters of featurizer and decoder together."""
+    return description["featurizer_parameters"] + count_parameters(decoder)
+
+
+@torch.no_grad()
+def count_flops(network: nn.Module, example) -> int:
+    """Return the floating-point operations of network(example), a multiply-add as two.
+
+    example: a meta tensor, or a list of them: shapes without values, so nothing is computed.
+    """
+    sketch = copy.deepcopy(network).to("meta").eval()
+    with FlopCounterMode(display=False) as counter:
+        sketch(example)
+    return counter.get_total_flops()
+
+
+def decoder_flops(decoder: Decoder, shapes: Shapes) -> int:
+    """Return the decoder's floating-point operations per frame."""
+    return count_flops(decoder, [torch.empty(1, *shape, device="meta") for shape in shapes.values()])
 
 
 # --- running -----------------------------------------------------------------------------------

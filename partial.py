@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from data import ArrayWriter, as_column
-from files import BadInput, read_json, refuse_existing, sha256, write_json
+from files import BadInput, read_json, refuse_existing, sha256, try_lock, write_json
 
 
 class PartialFolder:
@@ -106,16 +106,3 @@ def read_notes(file: Path) -> dict[str, str]:
         except (ValueError, KeyError, TypeError):
             continue
     return notes
-
-
-def try_lock(file) -> bool:
-    """Take the exclusive lock of an open file, which the system drops when its process ends; false when it is taken."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such lock: there, do not run the same command twice at once
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except OSError:
-        return False

@@ -25,12 +25,11 @@ import re
 import shutil
 import sys
 import tempfile
-import time
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from files import BadInput, read_json, sha256, write_json
+from files import BadInput, read_json, write_json
 
 MODES = ("disabled", "offline", "online")
 SPELLINGS = {"dryrun": "offline", "run": "online", "": "disabled"}  # what else the client takes as WANDB_MODE
@@ -115,13 +114,14 @@ class Tracker:
     """One run's log. Made by `start`, used in a `with` block.
 
     `run` is the wandb run, or None while nothing is logged there. `failed` says that something
-    could not be uploaded, which has then been told.
+    could not be logged there, which has then been told.
     """
 
     def __init__(self, account: Account, log: Path | None):
         self.account, self.path = account, log
-        self.run, self.failed, self.folder = None, False, None
-        self.artifacts = []  # those logged, to see at the end whether they arrived
+        self.run, self.failed = None, False
+        self.wanted, self.folder = {}, None  # what the run was made with, and where the client keeps it
+        self.sent, self.unsent = [], []  # artifacts on their way, and (artifact, aliases) the client would not take
 
     def __enter__(self):
         return self
@@ -196,7 +196,9 @@ class Tracker:
                 artifact.add_file(str(path), name=entry, skip_cache=True)
             for entry, table in (tables or {}).items():
                 artifact.add(table, entry)
-            self.artifacts.append(self.run.log_artifact(artifact, aliases=["latest", *aliases]))
+            self.unsent.append((artifact, ["latest", *aliases]))  # until the next line has worked
+            self.sent.append(self.run.log_artifact(artifact, aliases=["latest", *aliases]))
+            self.unsent.pop()
 
     @contextlib.contextmanager
     def going_on(self, what: str):
@@ -218,17 +220,28 @@ class Tracker:
         """Wait for uploads, at most FINISH_SECONDS, and say how to upload what is left. Called by `with`."""
         if self.run is None:
             return
-        run, self.run = self.run, None
+        run, self.run, online, folders = self.run, None, self.account.mode == "online", [self.folder]
         try:
             run.finish(exit_code=exit_code)
-            if self.account.mode == "online":
-                for artifact in self.artifacts:
-                    artifact.wait(timeout=1)  # seconds; `finish` has waited, this only asks how it went
+            for artifact in self.sent if online else ():
+                artifact.wait(timeout=10)  # seconds; `finish` has waited, this only asks how it went
         except Exception as error:
             self.warn(f"not everything was uploaded ({first_line(error)})")
-        finally:  # said after an interrupt too
-            if self.failed or self.account.mode == "offline":
-                say(f"to upload this run: wandb sync {self.folder}")
+        finally:  # an interrupt too leaves something to upload
+            with self.going_on("what was not uploaded"):
+                folders += [self.keep_unsent(run.id)] if self.unsent else []
+            upload = "wandb sync " + " ".join(str(folder) for folder in folders)
+            say(f"the run is at {run.url}; should something be missing there: {upload}" if online and not self.failed else f"to upload this run: {upload}")
+
+    def keep_unsent(self, run_id: str) -> str:
+        """Log what the client would not take without its server to an offline twin of the run; return its folder."""
+        import wandb
+        twin = init(wandb, mode="offline", id=run_id, **self.wanted)
+        folder = twin.settings.sync_dir
+        for artifact, aliases in self.unsent:
+            twin.log_artifact(artifact, aliases=aliases)
+        twin.finish()
+        return folder
 
 
 def say(message: str) -> None:
@@ -258,31 +271,31 @@ def start(account: Account, job: str, config: dict, log: Path | None = None, app
     if account.mode == "disabled":
         return tracker
     wandb = import_wandb(f"--wandb {account.mode}")
+    tracker.wanted = {"project": account.project, "entity": account.entity, "name": account.name, "job_type": job, "config": redact(config)}
     try:
-        tracker.run = init(wandb, account, account.mode, job, config)
-    except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
-        if "onnect" not in str(error) and "timed out" not in str(error):  # it is the key, not the network
-            raise BadInput(f"--wandb online: no API key that works ({redact(first_line(error))}); set WANDB_API_KEY, "
-                           "run `wandb login`, or pass --wandb offline") from None
-        tracker.warn(f"no answer from the server ({first_line(error)}), logging offline")
+        tracker.run = init(wandb, mode=account.mode, **tracker.wanted)
+    except wandb.errors.UsageError as error:
+        raise BadInput(f"--wandb online: no API key that can be used ({redact(first_line(error))}); "
+                       "set WANDB_API_KEY, run `wandb login`, or pass --wandb offline") from None
     except Exception as error:
-        tracker.warn(f"no answer from the server ({first_line(error)}), logging offline")
-    if tracker.run is None:
+        if account.mode == "offline" or not re.search("tim(ed|e) ?out", str(error), re.IGNORECASE):
+            raise BadInput(f"--wandb {account.mode}: refused ({redact(first_line(error))}); check WANDB_API_KEY, --entity "
+                           "and --project, or pass --wandb offline or disabled") from error
+        say(f"no answer from the server ({first_line(error)}); logging offline")
         tracker.account = account._replace(mode="offline")
-        tracker.run = init(wandb, account, "offline", job, config)
+        tracker.run = init(wandb, mode="offline", **tracker.wanted)
     tracker.folder = tracker.run.settings.sync_dir
-    say(f"logging {tracker.account.mode} to {tracker.run.url or tracker.folder}")
+    say(f"logging {tracker.account.mode} to {tracker.run.url if tracker.account.mode == 'online' else tracker.folder}")
     return tracker
 
 
-def init(wandb, account: Account, mode: str, job: str, config: dict):
+def init(wandb, **wanted):
     """Call wandb.init so that nothing but what the scripts log leaves this machine, and nothing waits for ever."""
     limits = {"init_timeout": INIT_SECONDS, "finish_timeout": FINISH_SECONDS}
     chosen = {key: seconds for key, seconds in limits.items() if f"WANDB_{key.upper()}" not in os.environ}
-    settings = wandb.Settings(console="off", quiet=True, save_code=False, disable_code=True, disable_git=True,
+    settings = wandb.Settings(console="off", silent=True, save_code=False, disable_code=True, disable_git=True,
                               finish_timeout_raises=True, **chosen)
-    return wandb.init(project=account.project, entity=account.entity, name=account.name, mode=mode, job_type=job,
-                      config=redact(config), settings=settings)
+    return wandb.init(settings=settings, **wanted)
 
 
 # What the contest calls things. Each function logs one script's artifact, and does nothing when nothing is logged.
@@ -445,8 +458,7 @@ def ask(question):
     """Return question(wandb), with the client's many errors as ConnectionError, or BadInput when the key is missing."""
     wandb = import_wandb("an artifact on Weights & Biases")
     try:
-        with contextlib.redirect_stderr(None):
-            return question(wandb)
+        return question(wandb)
     except Exception as error:
         raise ConnectionError(first_line(error)) from error
 
@@ -476,6 +488,10 @@ def download(artifact, name: str, folder: Path) -> None:
             artifact.download(root=str(temporary / "files"))
         for path, entry in artifact.manifest.entries.items():
             check_digest(name, temporary / "files" / str(path), entry)
+            if "\\" in str(path):  # written on Windows by an old client
+                final = temporary / "files" / str(path).replace("\\", "/")
+                final.parent.mkdir(parents=True, exist_ok=True)
+                os.rename(temporary / "files" / str(path), final)
         for theirs, ours in ENTRIES.get(artifact.type, {}).items():
             if (temporary / "files" / theirs).is_file():
                 os.rename(temporary / "files" / theirs, temporary / "files" / ours)

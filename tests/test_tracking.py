@@ -92,6 +92,47 @@ def history(folder):
     return rows
 
 
+def offline_artifacts(folder):
+    """Return {name: artifact record} of an offline run."""
+    return {record.artifact.name: record.artifact for record in records(folder) if record.WhichOneof("record_type") == "artifact"}
+
+
+def entries(artifact):
+    """Return {entry path: bytes} of an offline run's artifact record."""
+    return {entry.path: Path(entry.local_path).read_bytes() for entry in artifact.manifest.contents}
+
+
+def feature_folder(folder, seed=0):
+    """Write what stands for a feature folder: tracking copies files and does not look inside."""
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(seed)
+    np.save(folder / "features.npy", random.standard_normal((2, 3, 4, 5)).astype("float16"))
+    np.save(folder / "masks.npy", random.integers(0, 256, (2, 8, 2)).astype("uint8"))
+    files.write_json(folder / "paths.json", {"raw": {"0": "bear\\0.jpg", "1": "bear\\1.jpg"}})
+    files.write_json(folder / "meta.json", {"seed": seed})
+    return folder
+
+
+def log_everything(tracker, home):
+    """Log one of each kind, as the four scripts do; return the paths that went into artifacts."""
+    features = feature_folder(home / "features")
+    model = home / "model.pt"
+    checkpoint = home / "model-00000010.pt"
+    output = home / "00000.png"
+    model.write_bytes(b"final")
+    checkpoint.write_bytes(b"tenth")
+    iio.imwrite(output, np.full((6, 8), 200, np.uint8))
+    for step in range(3):
+        tracker.log(step, {"loss": 1.0 / (step + 1), "lr": 5e-4})
+    frame, mask = np.zeros((6, 8, 3), np.uint8), np.eye(6, 8) > 0
+    tracker.image(2, frame, ~mask, mask, caption="bear")
+    tracking.log_features(tracker, features, "alexnet", "train", {"levels": ["s16"]})
+    tracking.log_model(tracker, "linear", model, [checkpoint], {"val_iou": 0.5})
+    tracking.log_results(tracker, "linear", {"outputs/00000.png": output, "paths.json": features / "paths.json"}, {"nparams": 12})
+    tracking.log_scores(tracker, "linear", "val", [(output, np.eye(6, 8, dtype=np.uint8) * 255, -1.0)], {"mean_iou": 0.25})
+    return features, model, checkpoint, output
+
+
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -124,6 +165,7 @@ def test_local_log_that_cannot_be_written_is_bad_input(tmp_path):
 def test_disabled_calls_do_nothing_anywhere(tmp_path):
     with tracking.start(account("disabled"), "train", {}) as tracker:
         tracker.image(0, None, None)
+        tracker.watch(None, 10)
         tracker.use("a/b/c:v0")
         tracker.summary({"x": 1})
         tracking.log_model(tracker, "linear", tmp_path / "absent", [], {})
@@ -180,3 +222,319 @@ def test_redact_takes_out_keys_and_passwords(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     given = {"out": Path("a/b"), "note": f"key {KEY}!", "url": ["https://me:secret@host/x"], "lr": 1e-3, "flag": None}
     assert tracking.redact(given) == {"out": str(Path("a/b")), "note": "key ***!", "url": ["https://***@host/x"], "lr": 1e-3, "flag": None}
+
+
+# Offline: what the client wrote, read back from its own file.
+
+
+def test_offline_run_holds_everything(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    config = {"lr": 5e-4, "out": tmp_path, "note": f"my key is {KEY}"}
+    with tracking.start(account("offline", name="first"), "train", config, log=tmp_path / "log.jsonl") as tracker:
+        tracker.use("wandb/davis/davis2016-train:v3")
+        features, model, checkpoint, output = log_everything(tracker, tmp_path)
+    assert not tracker.failed
+    rows = history(tracker.folder)
+    assert [rows[step]["loss"] for step in range(3)] == [1.0, 0.5, pytest.approx(1 / 3)]
+    assert rows[2]["prediction/_type"] == "image-file" and rows[2]["prediction/caption"] == "bear"
+    for layer, truth in (("predictions", np.eye(6, 8) == 0), ("ground_truth", np.eye(6, 8) > 0)):
+        drawn = iio.imread(Path(tracker.folder) / "files" / rows[2][f"prediction/masks/{layer}/path"])
+        assert (drawn == truth).all()
+
+    run = next(record.run for record in records(tracker.folder) if record.WhichOneof("record_type") == "run")
+    assert (run.project, run.job_type, run.display_name) == ("davis", "train", "first")
+    updates = [item for record in records(tracker.folder) for item in (*record.run.config.update, *record.config.update)]
+    config = {item.key: json.loads(item.value_json) for item in updates}
+    assert config["lr"] == 5e-4 and config["note"] == "my key is ***" and config["used"] == ["wandb/davis/davis2016-train:v3"]
+    labels = config["_wandb"]["mask/class_labels"]
+    assert {tuple(item["value"].items()) for item in labels.values()} == {(("0", "background"), ("1", "object"))}
+    summary = {item.key: json.loads(item.value_json) for record in records(tracker.folder) for item in record.summary.update if item.key}
+    assert (summary["nparams"], summary["mean_iou"], summary["segmentation_metric"]) == (12, 0.25, 0.25)
+
+    logged = offline_artifacts(tracker.folder)
+    assert {name: artifact.type for name, artifact in logged.items()} == {
+        "alexnet-featurized-train": "featurized-data", "linear": "trained-model", "linear-result": "result", "linear-result-submission": "submission"}
+    found = entries(logged["alexnet-featurized-train"])
+    assert set(found) == {"features_array", "masks", "paths.json", "meta.json"}
+    assert (np.load(io.BytesIO(found["features_array"])) == np.load(features / "features.npy")).all()
+    assert entries(logged["linear"]) == {"final_model": b"final", "model-00000010.pt": b"tenth"}
+    assert set(logged["linear"].aliases) == {"latest", "best"} and json.loads(logged["linear"].metadata) == {"val_iou": 0.5}
+    assert entries(logged["linear-result"]) == {"outputs/00000.png": output.read_bytes(), "paths.json": (features / "paths.json").read_bytes()}
+    assert json.loads(logged["linear-result"].metadata) == {"nparams": 12}
+    table = json.loads(entries(logged["linear-result-submission"])["val-eval-data.table.json"])
+    assert table["columns"] == ["out", "target", "iou_score"] and table["data"][0][2] == -1.0
+
+    everything = b"".join(path.read_bytes() for path in (tmp_path / "wandb-home").rglob("*") if path.is_file())
+    assert KEY.encode() not in everything and KEY not in (tmp_path / "log.jsonl").read_text()
+    assert b"def test_offline_run" not in everything  # no code is saved
+    assert f"wandb sync {tracker.folder}" in capfd.readouterr().err
+
+
+def test_gradients_are_logged_on_request(tmp_path):
+    torch = pytest.importorskip("torch", reason="needs torch")
+    model = torch.nn.Linear(2, 1)
+    with tracking.start(account("offline"), "train", {}) as tracker:
+        tracker.watch(model, 1)
+        for step in range(2):
+            model(torch.ones(1, 2)).sum().backward()
+            tracker.log(step, {"loss": 0.0})
+    assert not tracker.failed
+    assert any("gradients/weight" in key for row in history(tracker.folder).values() for key in row)
+
+
+def test_an_offline_run_is_uploaded_by_the_advice_it_gives(tmp_path, server):
+    with tracking.start(account("offline"), "train", {"lr": 1.0}) as tracker:
+        log_everything(tracker, tmp_path)
+    assert server.operations == []
+    sync(tracker.folder)
+    assert [row["loss"] for row in next(iter(server.runs.values()))["history"]] == [1.0, 0.5, pytest.approx(1 / 3)]
+    assert server.contents(server.artifact("linear:best"))["final_model"] == b"final"
+    assert server.artifact("linear-result-submission:latest")["type"] == "submission"
+
+
+def sync(*folders):
+    """Run `wandb sync` as a user would."""
+    wandb.teardown()
+    command = [sys.executable, "-m", "wandb", "sync", *map(str, folders)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# Online, against the server.
+
+
+def test_online_run_arrives_whole(tmp_path, server, capfd):
+    server.publish("davis2016-train", "dataset", {"paths.json": b"{}"})
+    with tracking.start(account("online"), "train", {"lr": 5e-4}, log=tmp_path / "log.jsonl") as tracker:
+        tracker.use(f"{ENTITY}/davis/davis2016-train:v0")
+        features, model, checkpoint, output = log_everything(tracker, tmp_path)
+    assert not tracker.failed
+    (name, run), = server.runs.items()
+    assert (run["project"], run["job_type"], run["config"]["lr"], run["exit"]) == ("davis", "train", 5e-4, 0)
+    assert [row["loss"] for row in run["history"]] == [1.0, 0.5, pytest.approx(1 / 3)]
+    assert run["uses"] == ["artifact0"] and run["summary"]["segmentation_metric"] == 0.25
+    picture = run["history"][2]["prediction"]
+    stored = iio.imread(server.files[f"run/{name}/{picture['masks']['ground_truth']['path']}"])
+    assert (stored == (np.eye(6, 8) > 0)).all()
+    assert set(server.contents(server.artifact("alexnet-featurized-train:latest"))) == {"features_array", "masks", "paths.json", "meta.json"}
+    assert server.contents(server.artifact("linear:best")) == {"final_model": b"final", "model-00000010.pt": b"tenth"}
+    result = server.artifact("linear-result:latest")
+    assert result["metadata"] == {"nparams": 12}
+    assert server.contents(result) == {"outputs/00000.png": output.read_bytes(), "paths.json": (features / "paths.json").read_bytes()}
+    assert "val-eval-data.table.json" in server.contents(server.artifact("linear-result-submission:latest"))
+
+    assert server.unknown == []
+    assert not any(KEY.encode() in data for data in server.files.values())
+    assert not any(path.name.endswith((".py", "diff.patch")) for path in Path(tracker.folder).rglob("*"))
+    printed = capfd.readouterr()
+    assert KEY not in printed.out + printed.err and server.url in printed.err
+
+
+def test_best_stays_with_the_higher_iou(tmp_path, server):
+    (tmp_path / "model.pt").write_bytes(b"weights")
+    for val_iou, expected in ((0.5, "v0"), (0.4, "v0"), (0.6, "v2")):
+        (tmp_path / "model.pt").write_bytes(f"{val_iou}".encode())
+        with tracking.start(account("online"), "train", {}) as tracker:
+            tracking.log_model(tracker, "linear", tmp_path / "model.pt", [], {"val_iou": val_iou})
+        assert server.artifact("linear:best")["version"] == expected
+    assert server.artifact("linear:latest")["version"] == "v2"
+
+
+# Fetching.
+
+
+def test_a_path_is_not_fetched(tmp_path):
+    assert tracking.fetch(str(tmp_path), account("disabled")) == (tmp_path, None)
+
+
+def test_features_go_up_and_come_down_the_same(tmp_path, server):
+    features = feature_folder(tmp_path / "features")
+    with tracking.start(account("online"), "featurize", {}) as tracker:
+        tracking.log_features(tracker, features, "alexnet", "train", {})
+    runs = len(server.runs)
+    folder, used = tracking.fetch(f"wandb:{ENTITY}/davis/alexnet-featurized-train:latest", account("disabled"))
+    assert used == f"{ENTITY}/davis/alexnet-featurized-train:v0"
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {path.name: path.read_bytes() for path in features.iterdir()}
+    assert len(server.runs) == runs  # fetching starts no run
+
+
+def test_the_cache_is_used_without_the_network(server, capfd):
+    server.publish("linear", "trained-model", {"final_model": b"first"})
+    latest, v0 = f"wandb:{ENTITY}/davis/linear:latest", f"wandb:{ENTITY}/davis/linear:v0"
+    folder, _ = tracking.fetch(latest, account("disabled"))
+    assert (folder / "model.pt").read_bytes() == b"first"
+
+    server.publish("linear", "trained-model", {"final_model": b"second"})
+    newer, used = tracking.fetch(latest, account("disabled"))
+    assert (newer / "model.pt").read_bytes() == b"second" and used.endswith(":v1") and folder.is_dir()
+
+    asked = len(server.operations)
+    assert tracking.fetch(v0, account("disabled"))[0] == folder
+    assert tracking.fetch(v0, account("offline"))[0] == folder
+    assert len(server.operations) == asked  # a version is for ever: nobody was asked
+    assert tracking.fetch(latest, account("offline")) == (newer, used)
+    assert f"using v1 of {ENTITY}/davis/linear:latest from the cache" in capfd.readouterr().err
+
+    server.stop()
+    wandb.Api._HTTP_TIMEOUT, before = 2, wandb.Api._HTTP_TIMEOUT  # seconds; nobody will answer
+    try:
+        assert tracking.fetch(latest, account("disabled")) == (newer, used)
+        assert "using v1" in capfd.readouterr().err
+        with pytest.raises(files.BadInput, match="not in the cache .*not to be had"):
+            tracking.fetch(f"wandb:{ENTITY}/davis/other:latest", account("disabled"))
+    finally:
+        wandb.Api._HTTP_TIMEOUT = before
+
+
+def test_offline_does_not_ask_for_what_is_not_in_the_cache(server):
+    with pytest.raises(files.BadInput, match="not in the cache.*--wandb disabled fetches"):
+        tracking.fetch(f"wandb:{ENTITY}/davis/linear:v0", account("offline"))
+    assert server.operations == []
+
+
+def test_short_names_use_the_account(server, tmp_path):
+    server.publish("linear", "trained-model", {"final_model": b"x"})
+    folder, used = tracking.fetch("wandb:linear:latest", account("disabled"))
+    assert used == f"{ENTITY}/davis/linear:v0"
+    assert tracking.fetch("wandb:davis/linear:v0", account("offline")) == (folder, used)  # the entity is remembered
+    server.publish("other", "trained-model", {"final_model": b"x"}, project="elsewhere")
+    assert tracking.fetch("wandb:other:latest", account("disabled", project="elsewhere"))[1] == f"{ENTITY}/elsewhere/other:v0"
+
+
+@pytest.mark.parametrize("source", ["wandb:", "wandb:linear", "wandb:a/b/c/d:v0", "wandb:a/b/c", "wandb:../b/c:v0", "wandb:a/b/c:..", "wandb:a/b/c:v0/x"])
+def test_malformed_references(source):
+    with pytest.raises(files.BadInput, match="expected wandb:<entity>/<project>/<name>:<alias or version>"):
+        tracking.fetch(source, account("disabled"))
+
+
+def test_an_artifact_that_is_not_there(server):
+    with pytest.raises(files.BadInput, match="there is no such artifact .*nothing:latest"):
+        tracking.fetch(f"wandb:{ENTITY}/davis/nothing:latest", account("disabled"))
+
+
+def test_a_tampered_download_is_refused(server):
+    artifact = server.publish("linear", "trained-model", {"final_model": b"weights", "model-00000000.pt": b"w"})
+    key = f"blob/{artifact['id']}/final_model"
+    server.files[key] = b"changed"  # the same size, so that only the digest can tell
+    with pytest.raises(files.BadInput, match="final_model is not what the manifest says"):
+        tracking.fetch(f"wandb:{ENTITY}/davis/linear:latest", account("disabled"))
+    home = tracking.cache_folder() / ENTITY / "davis" / "linear"
+    assert list(home.iterdir()) == []  # nothing half-fetched is left
+    server.files[key] = b"weights"
+    folder, _ = tracking.fetch(f"wandb:{ENTITY}/davis/linear:latest", account("disabled"))
+    assert (folder / "model.pt").read_bytes() == b"weights"
+
+
+@pytest.mark.parametrize("path", ["../evil", "/evil", "a/../../evil", "..\\evil", "C:\\evil"])
+def test_entries_that_leave_the_folder_are_refused(server, path):
+    server.publish("linear", "trained-model", {path: b"x"})
+    with pytest.raises(files.BadInput, match="has an entry .*expected paths inside the artifact"):
+        tracking.fetch(f"wandb:{ENTITY}/davis/linear:latest", account("disabled"))
+    assert list(tracking.cache_folder().rglob("*evil*")) == []
+
+
+def test_references_to_files_elsewhere_are_refused(server):
+    artifact = server.publish("linear", "dataset", {"data": b"x"})
+    key = f"manifest/{artifact['id']}"
+    manifest = json.loads(server.files[key])
+    manifest["contents"]["data"]["ref"] = "file:///etc/passwd"
+    server.files[key] = json.dumps(manifest).encode()
+    with pytest.raises(files.BadInput, match="refers to file:///etc/passwd, expected a stored file"):
+        tracking.fetch(f"wandb:{ENTITY}/davis/linear:latest", account("disabled"))
+
+
+def test_entries_written_on_windows_become_folders(server):
+    contents = {"paths.json": b"{}", "JPEGImages\\480p\\bear\\00000.jpg": b"jpeg"}
+    server.publish("davis2016-val", "dataset", contents)
+    folder, _ = tracking.fetch(f"wandb:{ENTITY}/davis/davis2016-val:latest", account("disabled"))
+    assert (folder / "JPEGImages" / "480p" / "bear" / "00000.jpg").read_bytes() == b"jpeg"
+
+
+# Never in the way.
+
+
+def test_a_server_that_dies_in_mid_run(tmp_path, server, monkeypatch, capfd):
+    monkeypatch.setenv("WANDB_FINISH_TIMEOUT", "2")
+    monkeypatch.setattr(wandb.Api, "_HTTP_TIMEOUT", 1)
+    (tmp_path / "model.pt").write_bytes(b"final")
+    with tracking.start(account("online"), "train", {}, log=tmp_path / "log.jsonl") as tracker:
+        tracker.log(0, {"loss": 1.0})
+        server.stop()
+        for step in range(1, 4):
+            tracker.log(step, {"loss": 1.0 / step})
+        for name in ("linear", "simple"):
+            tracking.log_model(tracker, name, tmp_path / "model.pt", [], {})
+    printed = capfd.readouterr().err
+    assert len(lines(tmp_path / "log.jsonl")) == 4
+    assert tracker.failed and printed.count("; going on without") == 1
+    folders = printed.split("to upload this run: wandb sync ")[1].split()
+    assert len(folders) == 2 and set(offline_artifacts(folders[1])) == {"linear", "simple"}
+
+    with WandbServer() as another:  # the network is back
+        monkeypatch.setenv("WANDB_BASE_URL", another.url)
+        sync(*folders)
+        run, = another.runs.values()
+        assert [row["_step"] for row in run["history"]] == [0, 1, 2, 3]
+        assert another.contents(another.artifact("linear:latest")) == {"final_model": b"final"}
+
+
+def test_files_that_are_refused(tmp_path, server, capfd):
+    (tmp_path / "model.pt").write_bytes(b"final")
+    with tracking.start(account("online"), "train", {}) as tracker:
+        server.failing["storage"] = 403
+        tracking.log_model(tracker, "linear", tmp_path / "model.pt", [], {})
+        tracker.log(0, {"loss": 1.0})
+    assert tracker.failed and server.artifact("linear:latest") is None
+    printed = capfd.readouterr().err
+    assert printed.count("not everything was uploaded") == 1 and f"to upload this run: wandb sync {tracker.folder}" in printed
+
+
+def test_a_server_that_does_not_answer_at_the_start(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
+    with tracking.start(account("online"), "train", {"lr": 1.0}) as tracker:
+        tracker.log(0, {"loss": 1.0})
+    printed = capfd.readouterr().err
+    assert "no answer from the server" in printed and "logging offline" in printed and KEY not in printed
+    assert history(tracker.folder)[0]["loss"] == 1.0 and f"wandb sync {tracker.folder}" in printed
+
+
+def test_a_refused_key_stops_before_any_work(server):
+    server.failing["graphql"] = 401
+    with pytest.raises(files.BadInput, match="--wandb online: refused .*check WANDB_API_KEY"):
+        tracking.start(account("online"), "train", {})
+
+
+def test_no_key_and_nobody_to_ask(server, monkeypatch):
+    """Run with a closed standard input, as a job scheduler would: one line, and no prompt to wait at."""
+    monkeypatch.delenv("WANDB_API_KEY")
+    script = """
+import sys, cli, tracking
+sys.exit(cli.run(lambda: tracking.start(tracking.Account("online", "davis", None, None), "train", {}) and 0))
+"""
+    done = subprocess.run([sys.executable, "-c", script], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and "set WANDB_API_KEY, run `wandb login`, or pass --wandb offline" in done.stderr
+    assert server.operations == []
+
+
+# Sweeps.
+
+
+def test_a_sweep_agent_calls_train_with_flags_it_has():
+    """The agent's own code turns sweep.yaml into a command; every parameter must be a flag of train.py."""
+    yaml = pytest.importorskip("yaml", reason="PyYAML comes with wandb")
+    if not (ROOT / "train.py").exists():
+        pytest.skip("there is no train.py here to ask for its flags")
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+    sweep = yaml.safe_load((ROOT / "sweep.yaml").read_text())
+    assert (sweep["program"], sweep["metric"]) == ("train.py", {"name": "val_iou", "goal": "maximize"})
+    parameters = sweep["parameters"]
+    assert {"lr", "batch-size", "steps", "decoder"} <= set(parameters)
+    values = {name: {"value": spec.get("value", spec.get("values", [spec.get("min")])[0])} for name, spec in parameters.items()}
+    called = create_sweep_command_args({"args": values})["args"]
+    assert f"--batch-size={values['batch-size']['value']}" in called
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True, timeout=60)
+    flags = set(done.stdout.replace(",", " ").split())
+    assert {argument.partition("=")[0] for argument in called} <= flags, done.stdout + done.stderr

@@ -7,9 +7,12 @@ itself, and collects the file stream of each run. Everything is in memory and en
         ...  # run the client with WANDB_BASE_URL=server.url and WANDB_API_KEY=server.key
         server.runs, server.artifact("name:latest"), server.operations
 
-`server.failing = 500` answers every later request with that status; `server.stop()` refuses connections.
+`server.failing = {"storage": 403}` answers with that status from now on, for any of graphql, stream
+(metrics) and storage (files). `server.stop()` refuses connections.
 """
+import base64
 import gzip
+import hashlib
 import json
 import re
 import threading
@@ -31,7 +34,7 @@ class WandbServer:
     """
 
     def __init__(self):
-        self.key, self.failing = KEY, None
+        self.key, self.failing = KEY, {}
         self.runs, self.artifacts, self.files = {}, {}, {}
         self.operations, self.unknown, self.keys = [], [], set()
         self.lock = threading.Lock()
@@ -52,7 +55,21 @@ class WandbServer:
         self.http.shutdown()
         self.http.server_close()
 
-    # What tests ask.
+    # What tests put there and ask.
+
+    def publish(self, name, type, contents, project="davis", metadata=None):
+        """Add a committed version of artifact `name` as if a client had logged it: contents {entry path: bytes}."""
+        created = self.do_CreateArtifact({"input": {
+            "projectName": project, "artifactCollectionName": name, "artifactTypeName": type, "digest": "0", "aliases": [{"alias": "latest"}],
+            "metadata": json.dumps(metadata or {})}})
+        artifact = self.artifacts[created["createArtifact"]["artifact"]["id"]]
+        entries = {path: {"digest": base64.b64encode(hashlib.md5(data).digest()).decode(), "birthArtifactID": artifact["id"], "size": len(data)}
+                   for path, data in contents.items()}
+        self.files[f"manifest/{artifact['id']}"] = json.dumps({
+            "version": 1, "storagePolicy": "wandb-storage-policy-v1", "storagePolicyConfig": {"storageLayout": "V2"}, "contents": entries}).encode()
+        self.files.update({f"blob/{artifact['id']}/{path}": data for path, data in contents.items()})
+        self.do_CommitArtifact({"artifactID": artifact["id"]})
+        return artifact
 
     def artifact(self, name):
         """Return the committed artifact called "collection:alias" or "collection:vN", or None."""
@@ -222,34 +239,28 @@ class Handler(BaseHTTPRequestHandler):
     timeout = 10  # seconds; an idle connection does not keep its thread
 
     def do_POST(self):
-        body = self.body()
-        state = self.server_state
-        if state.failing:
-            return self.reply(b'{"errors": [{"message": "out of order"}]}', state.failing)
+        state, body = self.server_state, self.body()
         stream = re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", self.path)
         if stream:
             with state.lock:
-                return self.reply(json.dumps(state.file_stream(stream.group(1), json.loads(body))).encode())
-        if self.path == "/graphql":
-            message = json.loads(body)
-            operation = message.get("operationName") or re.search(r"(?:query|mutation)\s+(\w+)", message["query"]).group(1)
-            data = state.answer(operation, message.get("variables") or {}, message["query"])
-            return self.reply(json.dumps({"data": data}).encode())
-        self.reply(b"{}", 404)
+                return self.reply("stream", json.dumps(state.file_stream(stream.group(1), json.loads(body))).encode())
+        message = json.loads(body)
+        operation = message.get("operationName") or re.search(r"(?:query|mutation)\s+(\w+)", message["query"]).group(1)
+        if "graphql" in state.failing:
+            return self.reply("graphql", b'{"errors": [{"message": "out of order"}]}')
+        data = state.answer(operation, message.get("variables") or {}, message["query"])
+        self.reply("graphql", json.dumps({"data": data}).encode())
 
     def do_PUT(self):
         body = self.body()
-        if self.server_state.failing:
-            return self.reply(b"", self.server_state.failing)
-        self.server_state.files[unquote(self.path.removeprefix("/storage/"))] = body
-        self.reply(b"")
+        if "storage" not in self.server_state.failing:
+            self.server_state.files[unquote(self.path.removeprefix("/storage/"))] = body
+        self.reply("storage", b"")
 
     def do_GET(self):
         self.body()
         found = self.server_state.files.get(unquote(self.path.removeprefix("/storage/")))
-        if self.server_state.failing:
-            return self.reply(b"", self.server_state.failing)
-        self.reply(found or b"", 200 if found is not None else 404)
+        self.reply("storage", found or b"", 200 if found is not None else 404)
 
     def body(self):
         """Return the request's body, unpacked, and note the key it was authorised with."""
@@ -257,8 +268,9 @@ class Handler(BaseHTTPRequestHandler):
         data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         return gzip.decompress(data) if self.headers.get("Content-Encoding") == "gzip" else data
 
-    def reply(self, body, status=200):
-        self.send_response(status)
+    def reply(self, part, body, status=200):
+        """Answer with `status`, or with what `failing` says for this part of the server."""
+        self.send_response(self.server_state.failing.get(part, status))
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()

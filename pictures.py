@@ -1,0 +1,246 @@
+"""Pictures of masks: overlays, contact sheets, videos, and the curves of a training run. No scores are computed here.
+
+Everything takes and returns NumPy arrays; words are left to HTML and SVG, so no font is needed.
+
+The colours are blue and orange of Okabe and Ito's palette. They differ in lightness as well as in
+hue and keep apart for readers with any of the common colour-vision deficiencies, unlike red and green.
+"""
+import base64
+import html
+import importlib.util
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+
+from files import BadInput, whole_file, write_text
+
+FILL = np.array([0, 114, 178], np.uint8)  # the prediction: Okabe-Ito blue, #0072B2
+OUTLINE = np.array([230, 159, 0], np.uint8)  # the truth: Okabe-Ito orange, #E69F00
+OPACITY = 0.6
+VIDEO_KINDS = ("gif", "mp4", "none")
+VIDEO_SIDE = 480  # pixels: the longest side of a video or of a picture in the report
+GIF_BITS = 6  # 64 colours a frame; half the size of 256, and the overlay's two colours stay clear
+
+
+# Overlays and sheets
+
+def overlay(frame: np.ndarray, prediction: np.ndarray | None = None, mask: np.ndarray | None = None) -> np.ndarray:
+    """Return `frame` with the prediction filled translucent blue and the truth outlined orange.
+
+    frame: [H, W, 3] uint8. prediction, mask: [H, W] bool, or None to leave it out. Returns uint8 [H, W, 3], a copy.
+    The outline lies inside the mask and stays visible when the picture is shown a few hundred pixels wide.
+    Raises ValueError when the shapes disagree.
+    """
+    height, width = frame.shape[:2]
+    for name, array in (("prediction", prediction), ("mask", mask)):
+        if array is not None and array.shape != (height, width):
+            raise ValueError(f"{name}: expected shape {(height, width)} like the frame, found {array.shape}")
+    picture, thickness = frame.copy(), max(1, round(min(height, width) / 120))
+    if prediction is not None:
+        picture[prediction] = np.round((1 - OPACITY) * frame[prediction] + OPACITY * FILL)
+        picture[prediction & ~erode(prediction, max(1, thickness // 2))] = FILL  # an edge, to stand out on sky and water
+    if mask is not None:
+        inner = erode(mask, thickness)
+        picture[inner & ~erode(inner, max(1, thickness // 2))] = 0  # a dark edge, to stand out on bright frames
+        picture[mask & ~inner] = OUTLINE
+    return picture
+
+
+def erode(mask: np.ndarray, pixels: int) -> np.ndarray:
+    """Return `mask` [H, W] bool less what is within `pixels` steps (up, down, left, right) of its outside.
+
+    What lies beyond the frame counts as inside, so that a mask cut by the frame has no edge there.
+    """
+    for _ in range(pixels):
+        padded = np.pad(mask, 1, constant_values=True)
+        mask = mask & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return mask
+
+
+def shrink(image: np.ndarray, longest: int) -> np.ndarray:
+    """Return `image` [H, W, 3] uint8 with its longest side at most `longest` pixels, by averaging areas."""
+    height, width = image.shape[:2]
+    scale = longest / max(height, width)
+    if scale >= 1:
+        return image
+    rows = average(image, max(1, round(height * scale)), axis=0)
+    return np.round(average(rows, max(1, round(width * scale)), axis=1)).astype(np.uint8)
+
+
+def average(image: np.ndarray, new: int, axis: int) -> np.ndarray:
+    """Return `image` with `new` pixels along `axis`, float64, each the mean of what it covers of the old ones.
+
+    Running sums, read between pixels too, rather than a matrix product: that would wake every BLAS thread for each frame.
+    """
+    old = image.shape[axis]
+    image = np.moveaxis(image, axis, 0).astype(np.float64)
+    sums = np.concatenate([np.zeros_like(image[:1]), np.cumsum(image, axis=0)])  # [old + 1, ...]
+    edges = np.linspace(0, old, new + 1)
+    whole = np.minimum(edges.astype(int), old - 1)
+    part = (edges - whole).reshape(-1, *[1] * (image.ndim - 1))
+    return np.moveaxis(np.diff(sums[whole] + part * image[whole], axis=0) * (new / old), 0, axis)
+
+
+def contact_sheet(images: Sequence[np.ndarray], columns: int, gap: int = 4) -> np.ndarray:
+    """Return one picture of `images` (uint8 [H, W, 3] each, sizes may differ) in rows of `columns`, `gap` dark pixels apart.
+
+    Each cell is as large as the largest image; a smaller one sits at its top left.
+    """
+    if not images:
+        raise ValueError("a contact sheet of no images")
+    columns = min(columns, len(images))
+    height, width = (max(image.shape[axis] for image in images) + gap for axis in (0, 1))
+    sheet = np.full((-(-len(images) // columns) * height + gap, columns * width + gap, 3), 24, np.uint8)
+    for index, image in enumerate(images):
+        top, left = index // columns * height + gap, index % columns * width + gap
+        sheet[top:top + image.shape[0], left:left + image.shape[1]] = image
+    return sheet
+
+
+def jpeg_uri(image: np.ndarray, longest: int = VIDEO_SIDE, quality: int = 80) -> str:
+    """Return `image` [H, W, 3] uint8, shrunk to `longest` pixels, as a data URI of a JPEG."""
+    data = iio.imwrite("<bytes>", shrink(image, longest), extension=".jpg", quality=quality)
+    return "data:image/jpeg;base64," + base64.b64encode(data).decode("ascii")
+
+
+# Videos
+
+def check_video(kind: str) -> None:
+    """Raise BadInput when this machine cannot write videos of `kind`, one of VIDEO_KINDS. Call it before long work."""
+    if kind == "mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
+        raise BadInput("--video mp4: needs imageio's ffmpeg plugin, which is not installed; pip install imageio-ffmpeg, or pass --video gif")
+
+
+def write_video(path: Path, images: Iterable[np.ndarray], fps: float, kind: str) -> None:
+    """Write `images` (uint8 [H, W, 3], all of one size) to `path` as a looping GIF or an MP4, whole or not at all.
+
+    Frames are shrunk to VIDEO_SIDE. A GIF is put together in memory (0.4 MB a frame); an MP4 is written as it comes.
+    """
+    check_video(kind)
+    small = (shrink(image, VIDEO_SIDE) for image in images)
+    with whole_file(path) as temporary:
+        if kind == "gif":
+            iio.imwrite(temporary, list(small), extension=".gif", plugin="pillow", bits=GIF_BITS, duration=1000 / fps, loop=0)
+        elif kind == "mp4":
+            write_mp4(temporary, small, fps)
+        else:
+            raise ValueError(f"a video of kind {kind!r}: expected gif or mp4")
+
+
+def write_mp4(path: Path, images: Iterable[np.ndarray], fps: float) -> None:
+    """Write `images` (uint8 [H, W, 3], all of one size) to `path` as an MP4, one by one. Needs imageio-ffmpeg."""
+    import imageio_ffmpeg
+
+    writer = None
+    for image in images:
+        image = even_sided(image)
+        if writer is None:  # the container is named, since the name of a temporary file does not tell it
+            writer = imageio_ffmpeg.write_frames(str(path), image.shape[1::-1], fps=fps, macro_block_size=1, output_params=["-f", "mp4"])
+            writer.send(None)
+        writer.send(np.ascontiguousarray(image))
+    if writer is not None:
+        writer.close()
+
+
+def even_sided(image: np.ndarray) -> np.ndarray:
+    """Return `image` [H, W, 3] with its last row or column repeated where a side is odd: H.264 wants even sides."""
+    height, width = image.shape[:2]
+    return np.pad(image, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+
+
+# Curves of a run
+
+WIDTH, LEFT, RIGHT, PANEL = 720, 70, 20, 200  # of the drawing, in SVG units, which are pixels at full size
+CURVES_STYLE = """
+  text { font: 13px system-ui, sans-serif; fill: #222 }
+  .title { font-weight: 600 } .grid { stroke: #ddd } .axis { stroke: #777 } .paper { fill: #fff }
+  .loss { stroke: #0072B2; fill: #0072B2 } .iou { stroke: #C77700; fill: #C77700 } polyline { stroke-width: 2 }
+  @media (prefers-color-scheme: dark) {
+    text { fill: #eee } .grid { stroke: #444 } .axis { stroke: #999 } .paper { fill: #181818 }
+    .loss { stroke: #56B4E9; fill: #56B4E9 } .iou { stroke: #E69F00; fill: #E69F00 }
+  }
+""".strip("\n")
+
+
+def write_curves(path: Path, rows: Sequence[dict], title: str = "Training") -> None:
+    """Write the curves of a run to `path`, an SVG file that any browser opens; see `curves`."""
+    write_text(path, curves(rows, title))
+
+
+def curves(rows: Sequence[dict], title: str = "Training") -> str:
+    """Return an SVG drawing of a run's loss, and of its validation IoU where measured, against steps and seconds.
+
+    rows: a run's log.jsonl, dicts with `step`, and any of `loss`, `val_iou` and `seconds` (since the start).
+    Values that are missing or not finite are left out of the line. Stands alone, light or dark as the reader's system is.
+    """
+    losses, ious = series(rows, "loss"), series(rows, "val_iou")
+    last = max((step for step, _ in losses + ious), default=1)
+    steps = [step for step in ticks(0, max(1, last)) if step == int(step)]
+    top_loss = ticks(0, max((loss for _, loss in losses), default=1))
+    panels = [draw_panel("Loss", "loss", losses, top_loss, steps, 40)]
+    if ious:
+        panels.append(draw_panel("Validation IoU", "iou", ious, [0, 0.2, 0.4, 0.6, 0.8, 1], steps, 40 + PANEL + 50))
+    bottom = 40 + len(panels) * (PANEL + 50) - 50
+    height = bottom + 70
+    labels = "".join(
+        f'<text x="{place(step, steps, LEFT, WIDTH - RIGHT):.1f}" y="{bottom + 20}" text-anchor="middle">{step:g}'
+        f'<tspan x="{place(step, steps, LEFT, WIDTH - RIGHT):.1f}" dy="18">{seconds_at(step, rows)}</tspan></text>' for step in steps)
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" role="img" '
+            f'aria-labelledby="title desc">\n<title id="title">{html.escape(title)}</title>\n'
+            f'<desc id="desc">{describe(losses, "Loss")} {describe(ious, "Validation IoU")}</desc>\n<style>\n{CURVES_STYLE}\n</style>\n'
+            f'<rect class="paper" width="{WIDTH}" height="{height}"/>\n' + "\n".join(panels)
+            + f'\n{labels}\n<text x="{LEFT}" y="{height - 10}">steps, and seconds since the start below them</text>\n</svg>\n')
+
+
+def series(rows: Sequence[dict], key: str) -> list[tuple[float, float]]:
+    """Return (step, value) of the rows whose `key` is a finite number."""
+    return [(row["step"], row[key]) for row in rows if row.get(key) is not None and math.isfinite(row[key])]
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Return 3 to 8 round numbers, evenly spaced, from `low` to at or just above `high`."""
+    span = (high - low) or 1.0
+    rough = span / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
+    return [round(low + i * step, 12) for i in range(math.ceil(span / step - 1e-9) + 1)]
+
+
+def place(value: float, scale: Sequence[float], start: float, end: float) -> float:
+    """Return where `value` lies between `start` and `end` on an axis whose ticks are `scale`."""
+    return start + (value - scale[0]) / (scale[-1] - scale[0]) * (end - start)
+
+
+def draw_panel(title: str, kind: str, points: list[tuple[float, float]], values: list[float], steps: list[float], top: int) -> str:
+    """Return SVG of one chart: `points` (step, value) over ticks `values` up and `steps` across, its top edge at `top`."""
+    bottom = top + PANEL
+    parts = [f'<text class="title" x="{LEFT}" y="{top - 14}">{title}</text>']
+    for value in values:
+        y = place(value, values, bottom, top)
+        parts.append(f'<line class="{"axis" if value == values[0] else "grid"}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+                     f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
+    places = [(place(step, steps, LEFT, WIDTH - RIGHT), place(value, values, bottom, top)) for step, value in points]
+    parts.append(f'<polyline class="{kind}" style="fill: none" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}"/>')
+    if len(places) <= 40:  # few enough to tell apart
+        parts += [f'<circle class="{kind}" r="3" cx="{x:.1f}" cy="{y:.1f}"/>' for x, y in places]
+    return "\n".join(parts)
+
+
+def seconds_at(step: float, rows: Sequence[dict]) -> str:
+    """Return the time at which a run reached `step`, such as "1.5 s", or nothing where its log does not say."""
+    known = series(rows, "seconds")
+    if not known or not known[0][0] <= step <= known[-1][0]:
+        return ""
+    seconds = float(np.interp(step, *np.array(known, float).T))
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+
+
+def describe(points: list[tuple[float, float]], name: str) -> str:
+    """Return a sentence on where a line starts and ends, for those who do not see it."""
+    if not points:
+        return f"{name}: not measured."
+    (first, start), (last, end) = points[0], points[-1]
+    return f"{name}: {start:.3g} at step {first:g}, {end:.3g} at step {last:g}; lowest {min(p[1] for p in points):.3g}, highest {max(p[1] for p in points):.3g}."

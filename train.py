@@ -1,0 +1,253 @@
+"""Train a decoder on a feature folder that sits whole in device memory.
+
+    python train.py --features features/alexnet-train --decoder simple --val-features features/alexnet-val
+
+writes runs/simple/: model.pt (the best by val IoU, else the last), log.jsonl, curves.svg, predictions/,
+checkpoints/, and last.pt, from which `--resume runs/simple` goes on after any stop.
+"""
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+import metrics
+import models
+import pictures
+import runs
+import tracking
+from cli import Parser, add_run_flags, choose_device, positive_int, progress, run
+from files import Stopped, refuse_existing, write_json
+from models import DECODERS, Decoder, Recipe
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    group = parser.add_argument_group("data")
+    group.add_argument("--features", default=None, help="feature folder to train on, written by featurize.py, or wandb:...")
+    group.add_argument("--val-features", default=None, help="feature folder to validate on; the best model by its IoU is kept")
+    group.add_argument("--holdout", type=share, default=0.0,
+                       help="without --val-features: share of the clips kept out to validate on, 0 to 0.9 (default: 0)")
+    group.add_argument("--folds", type=int, default=None, metavar="K",
+                       help="train K times, each time validating on another K-th of the clips, and print the mean")
+    group.add_argument("--levels", default=None, help="comma-separated levels to use (default: all the folder has)")
+    group.add_argument("--no-verify", action="store_true", help="skip the SHA-256 check of the features")
+    group = parser.add_argument_group("model")
+    group.add_argument("--decoder", choices=list(DECODERS), default="simple", help="(default: simple)")
+    group.add_argument("--compile", action="store_true", help="run the decoder through torch.compile")
+    group.add_argument("--amp", action="store_true", help="run the decoder in bfloat16 autocast")
+    group = parser.add_argument_group("optimisation (default: the decoder's own recipe in models.py)")
+    group.add_argument("--steps", type=positive_int, default=None, help="optimiser steps")
+    group.add_argument("--batch-size", type=positive_int, default=None, help="frames a step")
+    group.add_argument("--lr", type=float, default=None, help="learning rate, the highest of a schedule")
+    group.add_argument("--optimizer", choices=["adam", "adamw"], default=None)
+    group.add_argument("--weight-decay", type=float, default=None, help="of adamw")
+    group.add_argument("--schedule", choices=["constant", "onecycle"], default=None)
+    group.add_argument("--shuffle", action=argparse.BooleanOptionalAction, default=None, help="draw an order each epoch")
+    group.add_argument("--ema", type=share, default=None, help="decay of the moving average of the weights, 0 for none")
+    group.add_argument("--patience", type=positive_int, default=None,
+                       help="stop after this many validations without a better one (default: never)")
+    group = parser.add_argument_group("log")
+    group.add_argument("--out", type=Path, default=None, help="run folder to write (default: runs/<decoder>)")
+    group.add_argument("--resume", type=Path, default=None, metavar="RUN", help="go on with the run in this folder")
+    group.add_argument("--args", type=Path, default=None, metavar="FILE", help="repeat the run of an args.json, into --out")
+    group.add_argument("--log-every", type=positive_int, default=None, help="steps (default: a tenth of --steps)")
+    group.add_argument("--no-pictures", action="store_true", help="write no overlays and no curves")
+    group.add_argument("--log-gradients", action="store_true", help="histograms of gradients, on Weights & Biases")
+    tracking.add_tracking_flags(parser)
+    add_run_flags(parser)
+    args = parser.parse_args(argv)
+    if args.resume or args.args:
+        return runs.recall(args, parser)
+    if args.features is None:
+        parser.error("--features is required: a folder written by featurize.py")
+    return args
+
+
+def share(text: str) -> float:
+    """Parse a share of at least 0 and below 1 (argparse type)."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"expected a share from 0 up to, not including, 1, found {text}")
+    return value
+
+
+def choose_recipe(args: argparse.Namespace) -> Recipe:
+    """The decoder's recipe with what the flags say instead."""
+    flags = {"steps": args.steps, "batch": args.batch_size, "lr": args.lr, "optimizer": args.optimizer, "ema": args.ema,
+             "weight_decay": args.weight_decay, "schedule": args.schedule, "shuffle": args.shuffle}
+    return DECODERS[args.decoder].recipe._replace(**{name: value for name, value in flags.items() if value is not None})
+
+
+@torch.no_grad()
+def validate(decoder: Decoder, split: data.Split) -> float:
+    """Return the contest's mean IoU of the decoder on a split (at the size the featurizer saw)."""
+    decoder.eval()
+    ious = []
+    for index, pixels in zip(split.index.split(32), models.predict(decoder, split.features, split.index)):
+        ious.append(metrics.contest_iou(metrics.pack(metrics.foreground(pixels)), split.masks[index]))
+    decoder.train()
+    return float(torch.cat(ious).nanmean().nan_to_num())
+
+
+def train(args: argparse.Namespace, recipe: Recipe, training: data.Split, validation: data.Split | None, levels: list[str],
+          out: Path, account: tracking.Account, used: list[str | None]) -> tuple[float | None, Decoder]:
+    """Train one decoder and write its run folder. Returns the best val IoU (None without validation) and the decoder."""
+    device, folder = training.index.device, training.folder
+    frames, log_every = len(training.index), args.log_every or max(1, recipe.steps // 10)
+    shapes = {level: tuple(folder.meta["levels"][level]) for level in levels}
+    torch.manual_seed(args.seed)  # immediately before the decoder: its first weights are a function of the seed alone
+    decoder = models.make_decoder(args.decoder, shapes, folder.size).to(device)
+    decoder.standardise(training.features, training.index)
+    description = models.describe(args.decoder, folder, levels)
+    print_rules(decoder, description, recipe, frames)
+
+    rows, columns = decoder.cells()
+    targets = data.pool_masks(training.masks, training.index, folder.size, rows, columns)  # [n, gh, gw]
+    area = (torch.bincount(rows)[:, None] * torch.bincount(columns) / math.prod(folder.size)).to(device)  # [gh, gw]
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    optimizer = kinds[recipe.optimizer](decoder.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    schedule = make_schedule(optimizer, recipe)
+    average = torch.optim.swa_utils.AveragedModel(
+        decoder, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.ema)) if recipe.ema else None
+    parts = {"decoder": decoder, "optimizer": optimizer, "schedule": schedule} | ({"average": average} if average else {})
+    state = {"step": 0, "best": -1.0, "since_best": 0, "total": torch.zeros((), device=device), "count": 0}
+    if args.resume:
+        runs.load_state(out, parts, state)
+    forward = torch.compile(decoder) if args.compile else decoder
+    kept = average.module if average else decoder  # what is validated and saved
+    stop = runs.StopSignal()
+    bar = progress(range(state["step"], recipe.steps), "train")
+
+    config = {**runs.plain(args), **recipe._asdict(), "frames": frames}
+    with stop, tracking.start(account, "train", config, out / "log.jsonl", append=bool(args.resume)) as tracker:
+        for name in used:
+            tracker.use(name)
+        if args.log_gradients:
+            tracker.watch(decoder, log_every)
+        decoder.train()
+        started, seen = time.perf_counter(), 0
+        for step in bar:
+            torch.manual_seed(args.seed + 1 + step)  # what is random in a step depends on the seed and the step alone
+            index = torch.from_numpy(data.batch_order(step, frames, recipe.batch, args.seed if recipe.shuffle else None)).to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                output = forward(training.features.batch(training.index[index]))  # [B, gh, gw]
+                loss = decoder.loss(output, targets[index], area)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            if average:
+                average.update_parameters(decoder)
+            state["total"] += loss.detach()
+            state["count"] += 1
+            state["step"] = step + 1
+            seen += len(index)
+
+            if step % log_every == 0 or step + 1 == recipe.steps:  # here, and only here, the host waits for the device
+                row = {"loss": float(state["total"]) / state["count"], "lr": optimizer.param_groups[0]["lr"]}
+                state["total"].zero_()
+                state["count"] = 0
+                seconds = time.perf_counter() - started
+                if validation:
+                    row["val_iou"] = validate(kept, validation)
+                    state["since_best"] = 0 if row["val_iou"] > state["best"] else state["since_best"] + 1
+                if not validation or state["since_best"] == 0:
+                    state["best"] = row.get("val_iou", -1.0)
+                    models.save_model(out / "model.pt", {**description, "step": step}, kept)
+                models.save_model(out / "checkpoints" / f"model-{step:08d}.pt", {**description, "step": step}, kept)
+                tracker.log(step, row)
+                runs.append_line(out / runs.TIMES, {"step": step, "seconds": round(seconds, 3), "frames_per_second": round(seen / seconds, 1)})
+                if not args.no_pictures:
+                    runs.write_overlay(out, step, kept, validation or training, tracker)
+                runs.save_state(out, parts, state)
+                bar.set_postfix({key: f"{value:.4g}" for key, value in row.items()})
+            if args.patience and state["since_best"] >= args.patience:
+                break
+            if stop.signal:
+                runs.save_state(out, parts, state)
+                raise Stopped(stop.signal, f"stopped at step {step}; go on with: python train.py --resume {out}")
+        best = state["best"] if validation else None
+        metadata = {"val_iou": best, "nparams": models.count_all(decoder, description), "steps": state["step"], **config}
+        tracker.summary({key: metadata[key] for key in ("val_iou", "nparams")})
+        tracking.log_model(tracker, args.decoder, out / "model.pt", sorted((out / "checkpoints").glob("*.pt")), metadata)
+    if not args.no_pictures:
+        pictures.write_curves(out / "curves.svg", runs.read_log(out))
+    return best, kept
+
+
+# --- around the loop ---------------------------------------------------------------------------
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning rate's course over the steps."""
+    if recipe.schedule == "onecycle":
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=recipe.steps + 1, pct_start=0.1)
+    return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+
+def print_rules(decoder: Decoder, description: dict, recipe: Recipe, frames: int) -> None:
+    """Print what the contest asks of a model: its size, and what a frame costs."""
+    own, total = models.count_parameters(decoder), models.count_all(decoder, description)
+    flops = models.decoder_flops(decoder, description["shapes"])
+    print(f"{description['decoder']} on {description['featurizer']}: {total:,} parameters ({own:,} in the decoder) of at most "
+          f"{models.LIMIT - 1:,}; {(description['featurizer_flops'] + flops) / 1e9:.2f} GFLOP a frame ({flops / 1e9:.3f} in the decoder)")
+    print(f"{recipe.steps} steps of {recipe.batch} from {frames} frames: {recipe.optimizer}, lr {recipe.lr:g} {recipe.schedule}")
+
+
+def main() -> None:
+    args = parse_args()
+    account = tracking.from_flags(args)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = choose_device(args.device)
+    recipe = choose_recipe(args)
+    out = args.out or Path("runs") / args.decoder
+    fetched = [tracking.fetch(source, account) for source in (args.features, args.val_features) if source]
+    folders = [data.open_features(path) for path, _ in fetched]
+    used = [name for _, name in fetched]
+    levels = args.levels.split(",") if args.levels else list(folders[0].meta["levels"])
+    for folder in folders:
+        data.check_levels(folder, levels)
+    models.check_same_features(folders, levels)
+    if not args.resume:
+        refuse_existing(out, args.overwrite)
+    total = sum(math.prod(folder.meta["levels"][level]) * folder.frames for folder in folders for level in levels)
+    print(f"{' and '.join(str(folder.path) for folder in folders)}: {', '.join(levels)}, {total / 1e6:,.0f} million values to {device}")
+    splits = [data.load_split(folder, levels, device, not args.no_verify) for folder in folders]
+
+    with runs.own_folder(out, fresh=not args.resume):
+        if not args.resume:
+            runs.write_args(args, recipe, folders, out)
+        training, validation = splits[0], splits[1] if len(splits) > 1 else None
+        names = training.folder.meta["clips"]
+        if args.folds:
+            train_folds(args, recipe, training, levels, out, account, used)
+            return
+        if args.holdout and validation is None:
+            kept, held = data.split_clips(names, args.holdout, args.seed)
+            training, validation = data.select(training, kept), data.select(training, held)
+        best, _ = train(args, recipe, training, validation, levels, out, account, used)
+    print(f"wrote {out}: model.pt" + (f", val IoU {best:.4f}" if best is not None else ""))
+    print(f"next: python evaluate.py --model {out} --features {args.val_features or 'FEATURES'}")
+
+
+def train_folds(args, recipe: Recipe, training: data.Split, levels: list[str], out: Path, account, used) -> None:
+    """Train --folds times, each validating on other clips, and print and write the mean IoU over all frames' folds."""
+    ious = []
+    for fold, held in enumerate(data.fold_clips(training.folder.meta["clips"], args.folds, args.seed)):
+        kept = np.setdiff1d(np.arange(training.folder.frames), held)
+        runs.prepare_folder(out / f"fold-{fold}")
+        best, decoder = train(args, recipe, data.select(training, kept), data.select(training, held), levels, out / f"fold-{fold}", account, used)
+        ious.append(validate(decoder, data.select(training, held)))
+        print(f"fold {fold}: val IoU {ious[-1]:.4f} at the last step, {best:.4f} at the best")
+    write_json(out / "folds.json", {"val_iou": ious, "mean": float(np.mean(ious))})
+    print(f"wrote {out}: mean IoU of {args.folds} folds {np.mean(ious):.4f} at the last step")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
