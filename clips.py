@@ -188,6 +188,15 @@ def read_mask(path: Path) -> np.ndarray:
     return pixels > (127 if pixels.max(initial=0) > 1 else 0)
 
 
+def read_image_or_black(frame: Frame, size: tuple[int, int]) -> np.ndarray:
+    """Decode a frame for a picture, uint8 [H, W, 3]; black when it is gone, in a video, or not of `size` = (H, W)."""
+    if frame.image.is_file() and frame.image.suffix.lower() in IMAGES:
+        image = read_image(frame.image)
+        if image.shape[:2] == tuple(size):
+            return image
+    return np.zeros((*size, 3), np.uint8)
+
+
 def is_indexed(path: Path) -> bool:
     """Say whether a PNG's header names colour type 3, whose pixels are indices into a palette."""
     with readable(path), open(path, "rb") as file:

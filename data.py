@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import torch
 
-from clips import read_paths
+from clips import Frame, inside, read_paths
 from files import BadInput, read_json
 
 FORMAT = 1
@@ -80,6 +80,8 @@ def open_features(path: Path) -> FeatureFolder:
     if masks.exists():
         check_array(masks, (frames, height, -(-width // 8)), (np.uint8,))
     paths = read_paths(path / "paths.json")
+    if "raw" not in paths:
+        raise BadInput(f"{path / 'paths.json'}: expected a column 'raw', found {', '.join(paths) or 'none'}")
     for column, values in paths.items():
         if len(values) != frames:
             raise BadInput(f"{path / 'paths.json'}: {len(values)} paths in {column!r}, expected {frames} as in meta.json")
@@ -139,6 +141,15 @@ def check_array(file: Path, shape: tuple[int, ...], dtypes: tuple) -> tuple[int,
     return start, dtype
 
 
+def folder_frames(folder: FeatureFolder, root: Path | None = None) -> list[Frame]:
+    """Return where the frames and annotations of a feature folder are, below `root` (None: where they were featurized)."""
+    meta, root = folder.meta, Path(root or folder.meta["data"])
+    listed_in = folder.path / "paths.json"
+    columns = folder.paths["raw"], folder.paths.get("annotation", [None] * folder.frames)
+    return [Frame(clip, name, inside(root, raw, listed_in), annotation and inside(root, annotation, listed_in))
+            for clip, name, raw, annotation in zip(meta["clips"], meta["names"], *columns)]
+
+
 # --- in memory ---------------------------------------------------------------------------------
 
 
@@ -191,24 +202,25 @@ def refuse_not_finite(file: Path, rows: torch.Tensor, first: int) -> None:
         raise BadInput(f"{file}: NaN or infinity in the features of frame {first + int(bad[0])}; make the folder anew with featurize.py")
 
 
-class Features:
-    """The levels of a feature folder, whole on a device: `features.batch(index)` is a gather, nothing else.
+class Features(NamedTuple):
+    """Levels of features, whole on a device: `batch(index)` is a gather, nothing else."""
 
-    levels: for each level asked for, in that order, a tensor [N, C, h, w] of the stored dtype.
-    """
-
-    def __init__(self, folder: FeatureFolder, levels: list[str], device: torch.device, verify: bool = True):
-        """Load `levels` onto `device`. Raises BadInput for a level the folder lacks, damaged or non-finite values."""
-        check_levels(folder, levels)
-        self.levels = []
-        for level in levels:
-            file = folder.files[level]
-            digest = folder.meta["sha256"].get(file.name) if verify else None
-            self.levels.append(load_array(file, (folder.frames, *folder.meta["levels"][level]), device, digest))
+    levels: list[torch.Tensor]  # [N, C, h, w] each, float16 or float32
 
     def batch(self, index: torch.Tensor) -> list[torch.Tensor]:
-        """index: int64 [B] on the features' device. Returns one float32 [B, C, h, w] per level."""
+        """index: int64 [B] on the features' device. Returns a float32 [B, C, h, w] for each level."""
         return [level[index].float() for level in self.levels]
+
+
+def load_features(folder: FeatureFolder, levels: list[str], device: torch.device, verify: bool = True) -> Features:
+    """Load `levels` of a folder onto `device`. Raises BadInput for a level it lacks, damaged or non-finite values."""
+    check_levels(folder, levels)
+    arrays = []
+    for level in levels:
+        file = folder.files[level]
+        digest = folder.meta["sha256"].get(file.name) if verify else None
+        arrays.append(load_array(file, (folder.frames, *folder.meta["levels"][level]), device, digest))
+    return Features(arrays)
 
 
 def check_levels(folder: FeatureFolder, levels: list[str]) -> None:
@@ -261,7 +273,7 @@ class Split(NamedTuple):
 
 def load_split(folder: FeatureFolder, levels: list[str], device: torch.device, verify: bool) -> Split:
     """Load a feature folder and its masks whole onto the device."""
-    return Split(folder, Features(folder, levels, device, verify), load_masks(folder, device, verify),
+    return Split(folder, load_features(folder, levels, device, verify), load_masks(folder, device, verify),
                  torch.arange(folder.frames, device=device))
 
 

@@ -229,7 +229,7 @@ def load_plain(path: Path, keys: set[str]) -> dict:
 def load_model(path: Path) -> tuple[Decoder, dict]:
     """Return the decoder of a model.pt (or of the run folder that holds it), in eval mode, and its description.
 
-    Raises BadInput when it is not a checkpoint of train.py, or does not fit the decoder it names.
+    The description is what `describe` made. Raises BadInput when it is not a checkpoint of train.py, or does not fit the decoder it names.
     """
     path = Path(path)
     path = path / "model.pt" if path.is_dir() else path
@@ -237,15 +237,21 @@ def load_model(path: Path) -> tuple[Decoder, dict]:
             "featurizer_flops", "state"}
     model = load_plain(path, keys)
     try:
-        shapes = {level: tuple(shape) for level, shape in model["shapes"].items()}
-        decoder = make_decoder(model["decoder"], shapes, tuple(model["size"]))
-        decoder.load_state_dict(model.pop("state"))
+        state = model.pop("state")
+        decoder = rebuild(model, state, model["shapes"], model["size"])
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from error
     except Exception as error:  # a damaged description can break a decoder's constructor in any way
         reason = " ".join(str(error).split())[:200]
         raise BadInput(f"{path}: does not fit the decoder {model['decoder']!r} it names ({reason})") from error
-    return decoder.eval(), model
+    return decoder, model
+
+
+def rebuild(model: dict, state: dict, shapes: dict, size: tuple[int, int]) -> Decoder:
+    """Make the decoder of a description for feature maps of `shapes` and frames of `size`, with the weights `state`."""
+    decoder = make_decoder(model["decoder"], {level: tuple(shape) for level, shape in shapes.items()}, tuple(size))
+    decoder.load_state_dict(state)
+    return decoder.eval()
 
 
 def check_fit(model: dict, path: Path, folder: FeatureFolder) -> None:

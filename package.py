@@ -11,8 +11,6 @@ import sys
 import zipfile
 from pathlib import Path
 
-import imageio.v3 as iio
-
 import clips
 import tracking
 from cli import Parser, add_run_flags, progress, run
@@ -97,8 +95,7 @@ def check_output(file: Path, size: tuple[int, int] | None) -> str | None:
     if not file.is_file():
         return f"{file}: no such file, though paths.json names it"
     try:
-        with clips.readable(file), iio.imopen(file, "r", plugin="pillow") as image:
-            pixels = image.read(index=0)
+        pixels = clips.decode(file, None)
     except BadInput as error:
         return str(error)
     with open(file, "rb") as handle:

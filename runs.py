@@ -21,7 +21,7 @@ import clips
 import metrics
 import models
 import pictures
-from data import FeatureFolder, Split
+from data import FeatureFolder, Split, folder_frames
 from files import BadInput, Stopped, read_json, try_lock, whole_file, write_json, write_text
 from models import Decoder, Recipe
 from tracking import Tracker
@@ -146,18 +146,7 @@ def write_overlay(out: Path, step: int, decoder: Decoder, split: Split, tracker:
     decoder.train()
     folder, number = split.folder, int(index)
     mask = np.unpackbits(split.masks[number].cpu().numpy(), axis=1, count=folder.size[1]).astype(bool)
-    frame = read_frame(folder, number)
+    frame = clips.read_image_or_black(folder_frames(folder)[number], folder.size)
     with whole_file(out / "predictions" / f"{step:08d}.png") as temporary:
         iio.imwrite(temporary, pictures.overlay(frame, prediction, mask), extension=".png")
     tracker.image(step, frame, prediction, mask, caption=f"{folder.meta['clips'][number]} {folder.meta['names'][number]}")
-
-
-def read_frame(folder: FeatureFolder, number: int) -> np.ndarray:
-    """Return frame `number` of a feature folder, uint8 [H, W, 3], from where it was featurized; black when it is gone."""
-    file = Path(folder.meta["data"]) / folder.paths["raw"][number]
-    if file.is_file() and file.suffix.lower() in clips.IMAGES:
-        with contextlib.suppress(BadInput):
-            frame = clips.read_image(file)
-            if frame.shape[:2] == folder.size:
-                return frame
-    return np.zeros((*folder.size, 3), np.uint8)

@@ -157,11 +157,18 @@ class Tracker:
             masks = {layer: {"mask_data": data.astype("uint8"), "class_labels": CLASS_LABELS} for layer, data in layers.items()}
             self.run.log({key: wandb.Image(frame, masks=masks, caption=caption or None)}, step=step)
 
-    def watch(self, model, every: int) -> None:
-        """Log histograms of `model`'s gradients every `every` steps."""
+    def gradients(self, step: int, model) -> None:
+        """Log a histogram of each parameter's gradient, as the last backward pass left it, at `step`.
+
+        The client's own `watch` would synchronise the device inside the backward pass, and puts what
+        it sees under the step before.
+        """
+        if self.run is None:
+            return
         with self.going_on("gradients"):
-            if self.run is not None:
-                self.run.watch(model, log="gradients", log_freq=every)
+            import wandb
+            left = {name: parameter.grad.detach().float().cpu() for name, parameter in model.named_parameters() if parameter.grad is not None}
+            self.run.log({f"gradients/{name}": wandb.Histogram(values[values.isfinite()].numpy()) for name, values in left.items()}, step=step)
 
     def summary(self, values: dict) -> None:
         """Set the run's final numbers, as the run table shows them."""
@@ -230,7 +237,7 @@ class Tracker:
         finally:  # an interrupt too leaves something to upload
             with self.going_on("what was not uploaded"):
                 folders += [self.keep_unsent(run.id)] if self.unsent else []
-            upload = "wandb sync " + " ".join(str(folder) for folder in folders)
+            upload = " ".join(["wandb sync", *(["--include-online"] if online else []), *map(str, folders)])
             say(f"the run is at {run.url}; should something be missing there: {upload}" if online and not self.failed else f"to upload this run: {upload}")
 
     def keep_unsent(self, run_id: str) -> str:

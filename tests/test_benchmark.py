@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 import benchmark
+import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -58,25 +60,31 @@ def test_scores_measures_masks_from_disk(tmp_path, davis):
     assert [path.name.endswith("-disk.json") for path in (tmp_path / "out").iterdir()] == [True]
 
 
-def test_bad_input_is_one_line_and_writes_nothing(tmp_path, davis):
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, davis, monkeypatch, capsys):
     root, predictions = davis
     out = tmp_path / "out"
-    alone = run("scores", "--data", root, "--out", out)
-    assert alone.returncode == 2 and "--data and --predictions go together" in alone.stderr
-    absent = run("scores", "--data", root, "--predictions", tmp_path / "absent", "--out", out)
-    assert absent.returncode == 2 and absent.stderr.startswith(f"benchmark.py: {tmp_path / 'absent'}: no such folder")
+
+    def message(*flags) -> str:
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", "scores", "--data", str(root), "--out", str(out), *map(str, flags)])
+        assert cli.run(benchmark.main) == 2
+        error = capsys.readouterr().err
+        assert len(error.splitlines()) == 1
+        return error
+
+    with pytest.raises(SystemExit, match="2"):
+        message()
+    assert "--data and --predictions go together" in capsys.readouterr().err
+    assert message("--predictions", tmp_path / "absent").startswith(f"benchmark.py: {tmp_path / 'absent'}: no such folder")
     iio.imwrite(predictions / "00001.png", np.zeros((20, 31), np.uint8))
-    size = run("scores", "--data", root, "--predictions", predictions, "--out", out)
-    assert size.returncode == 2 and "00001.png: expected 20x30 pixels" in size.stderr
+    assert "00001.png: expected 20x30 pixels" in message("--predictions", predictions)
     (predictions / "00001.png").unlink()
-    fewer = run("scores", "--data", root, "--predictions", predictions, "--out", out)
-    assert fewer.returncode == 2 and "expected 3 images" in fewer.stderr and len(fewer.stderr.splitlines()) == 1
+    assert "expected 3 images" in message("--predictions", predictions)
     assert not out.exists()
 
 
 def test_candidates_are_timed_in_turns_after_a_warm_up():
     calls = []
-    seconds = benchmark.time_in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=3)
+    seconds = benchmark.time_in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=3, clock=time.perf_counter)
     assert calls == ["a", "b"] * 4
     assert [len(runs) for runs in seconds.values()] == [3, 3]
 

@@ -1,15 +1,11 @@
 """Tracking with the real wandb client: offline runs read back from their file, online ones against a local server."""
 import argparse
-import base64
-import hashlib
 import io
 import json
 import os
-import socket
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -165,7 +161,7 @@ def test_local_log_that_cannot_be_written_is_bad_input(tmp_path):
 def test_disabled_calls_do_nothing_anywhere(tmp_path):
     with tracking.start(account("disabled"), "train", {}) as tracker:
         tracker.image(0, None, None)
-        tracker.watch(None, 10)
+        tracker.gradients(0, None)
         tracker.use("a/b/c:v0")
         tracker.summary({"x": 1})
         tracking.log_model(tracker, "linear", tmp_path / "absent", [], {})
@@ -270,16 +266,19 @@ def test_offline_run_holds_everything(tmp_path, monkeypatch, capfd):
     assert f"wandb sync {tracker.folder}" in capfd.readouterr().err
 
 
-def test_gradients_are_logged_on_request(tmp_path):
+def test_gradients_are_logged_at_their_step():
     torch = pytest.importorskip("torch", reason="needs torch")
     model = torch.nn.Linear(2, 1)
     with tracking.start(account("offline"), "train", {}) as tracker:
-        tracker.watch(model, 1)
-        for step in range(2):
-            model(torch.ones(1, 2)).sum().backward()
+        for step in (0, 10):
+            model.zero_grad()
+            (model(torch.ones(1, 2)) * (step + 1)).sum().backward()
             tracker.log(step, {"loss": 0.0})
+            tracker.gradients(step, model)
     assert not tracker.failed
-    assert any("gradients/weight" in key for row in history(tracker.folder).values() for key in row)
+    for step, row in history(tracker.folder).items():
+        counts, edges = row["gradients/weight/values"], row["gradients/weight/bins"]
+        assert sum(counts) == 2 and edges[0] <= step + 1 <= edges[-1] and edges[-1] - edges[0] <= 1
 
 
 def test_an_offline_run_is_uploaded_by_the_advice_it_gives(tmp_path, server):
@@ -292,10 +291,10 @@ def test_an_offline_run_is_uploaded_by_the_advice_it_gives(tmp_path, server):
     assert server.artifact("linear-result-submission:latest")["type"] == "submission"
 
 
-def sync(*folders):
+def sync(*arguments):
     """Run `wandb sync` as a user would."""
     wandb.teardown()
-    command = [sys.executable, "-m", "wandb", "sync", *map(str, folders)]
+    command = [sys.executable, "-m", "wandb", "sync", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -358,7 +357,7 @@ def test_features_go_up_and_come_down_the_same(tmp_path, server):
     assert len(server.runs) == runs  # fetching starts no run
 
 
-def test_the_cache_is_used_without_the_network(server, capfd):
+def test_the_cache_is_used_without_the_network(server, monkeypatch, capfd):
     server.publish("linear", "trained-model", {"final_model": b"first"})
     latest, v0 = f"wandb:{ENTITY}/davis/linear:latest", f"wandb:{ENTITY}/davis/linear:v0"
     folder, _ = tracking.fetch(latest, account("disabled"))
@@ -376,14 +375,11 @@ def test_the_cache_is_used_without_the_network(server, capfd):
     assert f"using v1 of {ENTITY}/davis/linear:latest from the cache" in capfd.readouterr().err
 
     server.stop()
-    wandb.Api._HTTP_TIMEOUT, before = 2, wandb.Api._HTTP_TIMEOUT  # seconds; nobody will answer
-    try:
-        assert tracking.fetch(latest, account("disabled")) == (newer, used)
-        assert "using v1" in capfd.readouterr().err
-        with pytest.raises(files.BadInput, match="not in the cache .*not to be had"):
-            tracking.fetch(f"wandb:{ENTITY}/davis/other:latest", account("disabled"))
-    finally:
-        wandb.Api._HTTP_TIMEOUT = before
+    monkeypatch.setattr(wandb.Api, "_HTTP_TIMEOUT", 1)  # seconds; nobody will answer
+    assert tracking.fetch(latest, account("disabled")) == (newer, used)
+    assert "using v1" in capfd.readouterr().err
+    with pytest.raises(files.BadInput, match="not in the cache .*not to be had"):
+        tracking.fetch(f"wandb:{ENTITY}/davis/other:latest", account("disabled"))
 
 
 def test_offline_does_not_ask_for_what_is_not_in_the_cache(server):
@@ -467,12 +463,12 @@ def test_a_server_that_dies_in_mid_run(tmp_path, server, monkeypatch, capfd):
     printed = capfd.readouterr().err
     assert len(lines(tmp_path / "log.jsonl")) == 4
     assert tracker.failed and printed.count("; going on without") == 1
-    folders = printed.split("to upload this run: wandb sync ")[1].split()
-    assert len(folders) == 2 and set(offline_artifacts(folders[1])) == {"linear", "simple"}
+    advice = printed.split("to upload this run: wandb sync ")[1].split()
+    assert len(advice) == 3 and set(offline_artifacts(advice[2])) == {"linear", "simple"}
 
     with WandbServer() as another:  # the network is back
         monkeypatch.setenv("WANDB_BASE_URL", another.url)
-        sync(*folders)
+        sync(*advice)
         run, = another.runs.values()
         assert [row["_step"] for row in run["history"]] == [0, 1, 2, 3]
         assert another.contents(another.artifact("linear:latest")) == {"final_model": b"final"}
@@ -486,7 +482,8 @@ def test_files_that_are_refused(tmp_path, server, capfd):
         tracker.log(0, {"loss": 1.0})
     assert tracker.failed and server.artifact("linear:latest") is None
     printed = capfd.readouterr().err
-    assert printed.count("not everything was uploaded") == 1 and f"to upload this run: wandb sync {tracker.folder}" in printed
+    assert printed.count("not everything was uploaded") == 1
+    assert f"to upload this run: wandb sync --include-online {tracker.folder}" in printed
 
 
 def test_a_server_that_does_not_answer_at_the_start(tmp_path, monkeypatch, capfd):
