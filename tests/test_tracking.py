@@ -6,6 +6,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -61,9 +62,19 @@ def flags(*argv):
 
 
 def records(folder):
-    """Return the records of an offline run's .wandb file: LevelDB's log format, one protobuf message each."""
+    """Return the records of a finished run's .wandb file, which the client closes soon after `finish` returns."""
+    for _ in range(100):
+        found = read_records(next(Path(folder).glob("*.wandb")).read_bytes())
+        if found and found[-1].WhichOneof("record_type") == "exit":
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"{folder}: no exit record after ten seconds")
+
+
+def read_records(data):
+    """Return the records in a .wandb file's bytes: seven of header, then LevelDB's log format, one protobuf message each."""
     from wandb.proto import wandb_internal_pb2
-    data, found, whole, at = next(Path(folder).glob("*.wandb")).read_bytes(), [], b"", 7  # seven bytes of header
+    found, whole, at = [], b"", 7
     assert data[:4] == b":W&B"
     while at + 7 <= len(data):
         if 32768 - at % 32768 < 7:  # the tail of a block is padding
