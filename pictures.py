@@ -25,7 +25,8 @@ VIDEO_SIDE = 480  # pixels: the longest side of a video or of a picture in the r
 GIF_COLOURS = 128  # for a whole video: a third less to store than 256, and hard to tell apart
 
 
-# Overlays and sheets
+# --- overlays and sheets -----------------------------------------------------------------------
+
 
 def overlay(frame: np.ndarray, prediction: np.ndarray | None = None, mask: np.ndarray | None = None) -> np.ndarray:
     """Return `frame` with the prediction filled translucent blue and the truth outlined orange.
@@ -106,7 +107,8 @@ def jpeg_uri(image: np.ndarray, longest: int = VIDEO_SIDE, quality: int = 80) ->
     return "data:image/jpeg;base64," + base64.b64encode(data).decode("ascii")
 
 
-# Videos
+# --- videos ------------------------------------------------------------------------------------
+
 
 def check_video(kind: str) -> None:
     """Raise BadInput when this machine cannot write videos of `kind`, one of VIDEO_KINDS. Call it before long work."""
@@ -143,16 +145,18 @@ def write_gif(path: Path, images: Sequence[np.ndarray], fps: float) -> None:
 
 
 def choose_palette(pixels: np.ndarray, count: int) -> np.ndarray:
-    """Return [count, 3] uint8: the overlay's two colours, then those that stand for `pixels` [K, 3] uint8 by median cut."""
+    """Return [at most count, 3] uint8: the overlay's two colours, then those that stand for `pixels` [K, 3] uint8 by median cut."""
     boxes = [pixels.astype(np.float32)]
     spreads = [boxes[0].var(axis=0) * len(pixels)]  # each box's spread along red, green and blue
     while len(boxes) < count - 2:
-        widest = max(range(len(boxes)), key=lambda index: spreads[index].max())
+        widest = int(np.max(spreads, axis=1).argmax())
+        if not spreads[widest].any():  # fewer colours than asked for: every box holds one
+            break
         box, axis = boxes.pop(widest), spreads.pop(widest).argmax()
         order = box[:, axis].argsort(kind="stable")
-        for half in (box[order[:len(box) // 2]], box[order[len(box) // 2:]]):
-            boxes.append(half if len(half) else box)
-            spreads.append(half.var(axis=0) * len(half) if len(half) else np.zeros(3))
+        for half in np.array_split(box[order], 2):
+            boxes.append(half)
+            spreads.append(half.var(axis=0) * len(half))
     return np.stack([FILL, OUTLINE, *(np.round(box.mean(axis=0)).astype(np.uint8) for box in boxes)])
 
 
@@ -188,7 +192,8 @@ def even_sided(image: np.ndarray) -> np.ndarray:
     return np.pad(image, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
 
 
-# Curves of a run
+# --- curves of a run ---------------------------------------------------------------------------
+
 
 WIDTH, LEFT, RIGHT, PANEL = 720, 70, 20, 200  # of the drawing, in SVG units, which are pixels at full size
 CURVES_STYLE = """
@@ -216,8 +221,8 @@ def curves(rows: Sequence[dict], title: str = "Training") -> str:
     losses, ious = series(rows, "loss"), series(rows, "val_iou")
     last = max((step for step, _ in losses + ious), default=1)
     steps = [step for step in ticks(0, max(1, last)) if step == int(step)]
-    top_loss = ticks(0, max((loss for _, loss in losses), default=1))
-    panels = [draw_panel("Loss", "loss", losses, top_loss, steps, 40)]
+    values = [0, *(loss for _, loss in losses)]
+    panels = [draw_panel("Loss", "loss", losses, ticks(min(values), max(values)), steps, 40)]
     if ious:
         panels.append(draw_panel("Validation IoU", "iou", ious, [0, 0.2, 0.4, 0.6, 0.8, 1], steps, 40 + PANEL + 50))
     bottom = 40 + len(panels) * (PANEL + 50) - 50
@@ -229,7 +234,7 @@ def curves(rows: Sequence[dict], title: str = "Training") -> str:
             f'aria-labelledby="title desc">\n<title id="title">{html.escape(title)}</title>\n'
             f'<desc id="desc">{describe(losses, "Loss")} {describe(ious, "Validation IoU")}</desc>\n<style>\n{CURVES_STYLE}\n</style>\n'
             f'<rect class="paper" width="{WIDTH}" height="{height}"/>\n' + "\n".join(panels)
-            + f'\n{labels}\n<text x="{LEFT}" y="{height - 10}">steps, and seconds since the start below them</text>\n</svg>\n')
+            + f'\n{labels}\n<text x="{LEFT}" y="{height - 10}">step{", and the time since the start" if series(rows, "seconds") else ""}</text>\n</svg>\n')
 
 
 def series(rows: Sequence[dict], key: str) -> list[tuple[float, float]]:
