@@ -117,7 +117,8 @@ def read_pairs(data: Path, split: str, predictions: Path) -> tuple[np.ndarray, n
         expected = pairs[0][1].shape if pairs else pair[1].shape
         for path, mask in zip((image, frame.annotation), pair):
             if mask.shape != expected:
-                raise BadInput(f"{path}: expected {expected[0]}x{expected[1]} pixels as in the frames before, found {mask.shape[0]}x{mask.shape[1]}")
+                raise BadInput(f"{path}: expected {expected[0]}x{expected[1]} pixels as in the frames before, "
+                               f"found {mask.shape[0]}x{mask.shape[1]}")
         pairs.append(pair)
     first, second = zip(*pairs)
     return np.stack(first), np.stack(second)
@@ -133,14 +134,18 @@ def scores(args: argparse.Namespace) -> None:
     packed = metrics.pack(predictions), metrics.pack(masks)
 
     found = {}  # what each of them computed, to compare below
+
+    def slow_reference():
+        found["slow"] = [reference_metrics.frame_scores(p, m) for p, m in zip(predictions, masks)]
+
     candidates = {
         "ours, J and F": lambda: found.update(ours=metrics.score_frames(*packed, width)),
         "ours, contest IoU alone": lambda: metrics.contest_iou(*packed),
-        "slow reference, J and F": lambda: found.update(slow=[reference_metrics.frame_scores(p, m) for p, m in zip(predictions, masks)]),
+        "slow reference, J and F": slow_reference,
     }
     seconds = time_in_turns(candidates, args.repeats, time.process_time)
     ms = {name: spread([1000 * run / frames for run in runs]) for name, runs in seconds.items()}
-    deviation = np.nanmax(np.abs(np.stack(found["ours"], axis=1)[:, 1:] - np.array(found["slow"])[:, 1:]))
+    deviation = np.abs(np.stack(found["ours"][1:]) - np.array(found["slow"]).T[1:]).max()  # of J and F
     results = {"frames": frames, "height": height, "width": width, "source": "data" if args.data else "blobs",
                "ms_per_frame": ms,
                "ratio": ms["slow reference, J and F"]["median"] / ms["ours, J and F"]["median"], "max_deviation": float(deviation)}
@@ -163,7 +168,8 @@ def parse() -> argparse.Namespace:
     group.add_argument("--data", type=Path, default=None, help="data root with annotations (default: random blobs, made here)")
     group.add_argument("--split", default="val", help="split of --data (default: val)")
     group.add_argument("--predictions", type=Path, default=None, help="folder of mask images, one a frame of --data, in order")
-    group.add_argument("--frames", type=positive_int, default=None, help="frames to time, evenly spread (default: all of --data, or 60 blobs)")
+    group.add_argument("--frames", type=positive_int, default=None,
+                       help="frames to time, evenly spread (default: all of --data, or 60 blobs)")
     group = command.add_argument_group("run")
     group.add_argument("--repeats", type=positive_int, default=5, help="timed runs of each (default: 5)")
     group.add_argument("--seed", type=int, default=0, help="seed of the blobs (default: 0)")
