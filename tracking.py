@@ -120,6 +120,7 @@ class Tracker:
     def __init__(self, account: Account, log: Path | None):
         self.account, self.path = account, log
         self.run, self.failed = None, False
+        self.watched = None  # (model, every), see `watch`
         self.wanted, self.folder = {}, None  # what the run was made with, and where the client keeps it
         self.sent, self.unsent = [], []  # artifacts on their way, and (artifact, aliases) the client would not take
 
@@ -145,7 +146,8 @@ class Tracker:
                 raise BadInput(f"{self.path}: cannot be written ({error.strerror}); free some space") from error
         with self.going_on("metrics"):
             if self.run is not None:
-                self.run.log(row, step=step)
+                watching = self.watched is not None and step % self.watched[1] == 0
+                self.run.log({**row, **(self.gradients() if watching else {})}, step=step)
 
     def image(self, step: int, frame, prediction, mask=None, caption: str = "", key: str = "prediction") -> None:
         """Log a frame [H, W, 3] uint8 with its predicted and true masks [H, W], 0 or 1, as switchable layers."""
@@ -157,18 +159,19 @@ class Tracker:
             masks = {layer: {"mask_data": data.astype("uint8"), "class_labels": CLASS_LABELS} for layer, data in layers.items()}
             self.run.log({key: wandb.Image(frame, masks=masks, caption=caption or None)}, step=step)
 
-    def gradients(self, step: int, model) -> None:
-        """Log a histogram of each parameter's gradient, as the last backward pass left it, at `step`.
+    def watch(self, model, every: int = 1) -> None:
+        """From now on, log histograms of `model`'s gradients with `log`, at steps that are multiples of `every`.
 
-        The client's own `watch` would synchronise the device inside the backward pass, and puts what
-        it sees under the step before.
+        They are those the last backward pass left. (The client's own `watch` would synchronise the
+        device within every backward pass, and files what it sees under the step before.)
         """
-        if self.run is None:
-            return
-        with self.going_on("gradients"):
-            import wandb
-            left = {name: parameter.grad.detach().float().cpu() for name, parameter in model.named_parameters() if parameter.grad is not None}
-            self.run.log({f"gradients/{name}": wandb.Histogram(values[values.isfinite()].numpy()) for name, values in left.items()}, step=step)
+        self.watched = (model, every)
+
+    def gradients(self) -> dict:
+        """Return {"gradients/<parameter>": histogram of its finite values} of the watched model."""
+        import wandb
+        grads = {name: parameter.grad.detach().float().cpu() for name, parameter in self.watched[0].named_parameters() if parameter.grad is not None}
+        return {f"gradients/{name}": wandb.Histogram(grad[grad.isfinite()].numpy()) for name, grad in grads.items()}
 
     def summary(self, values: dict) -> None:
         """Set the run's final numbers, as the run table shows them."""
@@ -337,10 +340,10 @@ def beats_best(tracker: Tracker, decoder: str, val_iou: float | None) -> bool:
         return True
     try:
         import wandb
-        best = wandb.Api().artifact(f"{tracker.run.entity}/{tracker.run.project}/{decoder}:best")
+        best = wandb.Api().artifact(f"{tracker.run.entity}/{tracker.run.project}/{decoder}:best").metadata.get("val_iou")
     except Exception:  # there is none yet, or nobody to ask
         return True
-    return val_iou >= (best.metadata or {}).get("val_iou", -1.0)
+    return best is None or val_iou >= best
 
 
 def log_results(tracker: Tracker, decoder: str, files: dict, metadata: dict) -> None:

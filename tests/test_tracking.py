@@ -172,7 +172,8 @@ def test_local_log_that_cannot_be_written_is_bad_input(tmp_path):
 def test_disabled_calls_do_nothing_anywhere(tmp_path):
     with tracking.start(account("disabled"), "train", {}) as tracker:
         tracker.image(0, None, None)
-        tracker.gradients(0, None)
+        tracker.watch(None)
+        tracker.log(0, {"loss": 1.0})
         tracker.use("a/b/c:v0")
         tracker.summary({"x": 1})
         tracking.log_model(tracker, "linear", tmp_path / "absent", [], {})
@@ -281,13 +282,15 @@ def test_gradients_are_logged_at_their_step():
     torch = pytest.importorskip("torch", reason="needs torch")
     model = torch.nn.Linear(2, 1)
     with tracking.start(account("offline"), "train", {}) as tracker:
-        for step in (0, 10):
+        tracker.watch(model, 10)
+        for step in (0, 10, 15):
             model.zero_grad()
             (model(torch.ones(1, 2)) * (step + 1)).sum().backward()
             tracker.log(step, {"loss": 0.0})
-            tracker.gradients(step, model)
     assert not tracker.failed
-    for step, row in history(tracker.folder).items():
+    rows = history(tracker.folder)
+    assert not any("gradients" in key for key in rows.pop(15))
+    for step, row in rows.items():
         counts, edges = row["gradients/weight/values"], row["gradients/weight/bins"]
         assert sum(counts) == 2 and edges[0] <= step + 1 <= edges[-1] and edges[-1] - edges[0] <= 1
 
@@ -341,13 +344,12 @@ def test_online_run_arrives_whole(tmp_path, server, capfd):
 
 
 def test_best_stays_with_the_higher_iou(tmp_path, server):
-    (tmp_path / "model.pt").write_bytes(b"weights")
-    for val_iou, expected in ((0.5, "v0"), (0.4, "v0"), (0.6, "v2")):
+    for val_iou, expected in ((None, "v0"), (0.5, "v1"), (0.4, "v1"), (0.6, "v3")):
         (tmp_path / "model.pt").write_bytes(f"{val_iou}".encode())
         with tracking.start(account("online"), "train", {}) as tracker:
             tracking.log_model(tracker, "linear", tmp_path / "model.pt", [], {"val_iou": val_iou})
         assert server.artifact("linear:best")["version"] == expected
-    assert server.artifact("linear:latest")["version"] == "v2"
+    assert server.artifact("linear:latest")["version"] == "v3"
 
 
 # Fetching.
