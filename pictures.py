@@ -21,7 +21,7 @@ FILL = np.array([0, 114, 178], np.uint8)  # the prediction: Okabe-Ito blue, #007
 OUTLINE = np.array([230, 159, 0], np.uint8)  # the truth: Okabe-Ito orange, #E69F00
 OPACITY = 0.6
 VIDEO_KINDS = ("gif", "mp4", "none")
-VIDEO_SIDE = 480  # pixels: the longest side of a video or of a picture in the report
+VIDEO_SIDE = 480  # pixels, the longest side
 GIF_COLOURS = 128  # for a whole video: a third less to store than 256, and hard to tell apart
 
 
@@ -101,9 +101,9 @@ def contact_sheet(images: Sequence[np.ndarray], columns: int, gap: int = 4) -> n
     return sheet
 
 
-def jpeg_uri(image: np.ndarray, longest: int = VIDEO_SIDE, quality: int = 80) -> str:
-    """Return `image` [H, W, 3] uint8, shrunk to `longest` pixels, as a data URI of a JPEG."""
-    data = iio.imwrite("<bytes>", shrink(image, longest), extension=".jpg", quality=quality)
+def jpeg_uri(image: np.ndarray, quality: int = 80) -> str:
+    """Return `image` [H, W, 3] uint8 as a data URI of a JPEG."""
+    data = iio.imwrite("<bytes>", image, extension=".jpg", quality=quality)
     return "data:image/jpeg;base64," + base64.b64encode(data).decode("ascii")
 
 
