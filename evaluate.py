@@ -138,8 +138,10 @@ def read_predictions(folder: Path, frames: list[clips.Frame]) -> list[Path]:
 # --- what to write -----------------------------------------------------------------------------
 
 
-def finish_frame(pixels: np.ndarray, index: int, source: Source, file: Path | None) -> tuple[float, float, float] | None:
-    """Write one prediction to `file` (None: it is there already) and score it: (iou, J, F), or None without an annotation.
+def finish_frame(pixels: np.ndarray, index: int, source: Source, file: Path | None) -> dict:
+    """Write one prediction to `file` (None: it is there already) and score it if its frame is annotated.
+
+    Returns the frame's row: index, clip, frame, and with an annotation iou (None where both are empty), J, F.
 
     pixels: uint8 [H, W], floor(255 * probability), resized here to the frame's own size where it differs.
     """
@@ -151,24 +153,150 @@ def finish_frame(pixels: np.ndarray, index: int, source: Source, file: Path | No
         iio.imwrite(file, pixels, plugin="pillow", compress_level=1)
     elif pixels.shape != size:
         raise BadInput(f"prediction {index} is {pixels.shape[1]} x {pixels.shape[0]}, its frame {size[1]} x {size[0]}")
+    row = {"index": index, "clip": source.frames[index].clip, "frame": source.frames[index].name}
     mask = source.mask(index)
     if mask is None:
-        return None
+        return row
     packed = np.packbits(metrics.foreground(pixels), axis=1)
-    scores = metrics.score_frames(packed[None], mask[None], size[1])
-    return tuple(float(values[0]) for values in scores)
+    iou, J, F = (float(values[0]) for values in metrics.score_frames(packed[None], mask[None], size[1]))
+    return row | {"iou": None if math.isnan(iou) else iou, "J": J, "F": F}
 
 
-def write_scores(out: Path, source: Source, scores: list[tuple[float, float, float]], protocol: str) -> tuple[dict, list[dict]]:
-    """Write scores.json and frames.csv; return the scores and a row per frame."""
-    iou, J, F = np.array(scores).T
-    summary = metrics.summarize([frame.clip for frame in source.frames], iou, J, F, protocol)
-    rows = [{"index": index, "clip": frame.clip, "frame": frame.name, "iou": "" if math.isnan(iou[index]) else iou[index],
-             "J": J[index], "F": F[index]} for index, frame in enumerate(source.frames)]
+def write_scores(out: Path, rows: list[dict], protocol: str) -> dict:
+    """Write scores.json and frames.csv from a row per frame; return the scores."""
+    summary = metrics.summarize([row["clip"] for row in rows], *(np.array([row[key] for row in rows], dtype=float)
+                                                                 for key in ("iou", "J", "F")), protocol)
     write_json(out / "scores.json", summary)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_text(out / "frames.csv", text.getvalue())
-    return summary, rows
+    return summary
+
+
+def write_pictures(out: Path, source: Source, files: list[Path], rows: list[dict], scores: dict | None, facts: dict,
+                   video: str) -> None:
+    """Write report.html, and one overlay video a clip in overlays/ unless `video` is "none"."""
+    shown = {row["index"]: None for clip_rows in report.group_by_clip(rows).values() for _, row in report.choose_frames(clip_rows)}
+
+    def draw(first: int, stop: int) -> Iterator[np.ndarray]:
+        for index, image in zip(range(first, stop), clips.read_images(source.frames[first:stop])):
+            prediction = metrics.foreground(clips.decode(files[index], None))
+            mask = source.mask(index)
+            if mask is not None:
+                mask = np.unpackbits(mask, axis=1, count=prediction.shape[1]).astype(bool)
+            picture = pictures.overlay(image, prediction, mask)
+            if index in shown:
+                shown[index] = picture
+            yield picture
+
+    for clip, first, stop in progress(list(data.clip_ranges([frame.clip for frame in source.frames])), "pictures"):
+        if video == "none":
+            for index in shown.keys() & range(first, stop):
+                next(draw(index, index + 1))
+        else:
+            (out / "overlays").mkdir(exist_ok=True)
+            pictures.write_video(out / "overlays" / f"{clip}.{video}", draw(first, stop), 24, video)
+    report.write_report(out / "report.html", scores, rows, shown.__getitem__, facts)
+
+
+# --- the whole ---------------------------------------------------------------------------------
+
+
+def main() -> None:
+    args = parse_args()
+    account = tracking.from_flags(args)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = choose_device(args.device)
+    threads = args.threads or os.cpu_count() or 2
+    if not args.no_pictures:
+        pictures.check_video(args.video)
+    used = []
+
+    if args.predictions:
+        frames = clips.find_frames(Path(args.data), args.split)
+        source = Source(frames, clips.check_frames(frames), None)
+        if frames[0].annotation is None:
+            raise BadInput(f"{args.data}: has no annotations to score {args.predictions} with")
+        files = read_predictions(args.predictions, frames)
+        out = args.out or Path("results") / args.predictions.resolve().name
+        refuse_existing(out, args.overwrite)
+        metadata = {"predictions": str(args.predictions), "frames": len(frames)}
+        pixels: Iterable[np.ndarray] = clips.in_threads(lambda file: clips.decode(file, "L"), files, threads, 64)
+        decoder_name = args.predictions.resolve().name
+    else:
+        path, name = tracking.fetch(args.model, account)
+        used.append(name)
+        decoder, model = models.load_model(path)
+        out = args.out or Path("results") / default_name(path, model)
+        refuse_existing(out, args.overwrite)
+        if args.features:
+            path, name = tracking.fetch(args.features, account)
+            used.append(name)
+            folder = data.open_features(path)
+            models.check_fit(model, args.model, folder)
+            source = open_source(folder, args.data, not args.no_verify)
+            features = data.load_features(folder, list(model["shapes"]), device, not args.no_verify)
+            decoder = decoder.to(device)
+        else:
+            frames = clips.find_frames(Path(args.data), args.split)
+            source = Source(frames, clips.check_frames(frames), None)
+            decoder, features = featurize(frames, source.sizes, model, decoder, args, device)
+        flops = model["featurizer_flops"] + models.decoder_flops(decoder, model["shapes"])
+        metadata = {"nparams": models.count_all(decoder, model), "decoder": model["decoder"], "featurizer": model["featurizer"],
+                    "decoder_parameters": models.count_parameters(decoder), "flops_per_frame": flops,
+                    "frames": len(source.frames), "size": source.sizes[0],
+                    "sizes": None if len(set(source.sizes)) == 1 else source.sizes}
+        index = torch.arange(len(source.frames), device=device)
+        pixels = (frame for batch in models.predict(decoder, features, index, args.batch_size) for frame in batch.cpu().numpy())
+        decoder_name, files = model["decoder"], None
+
+    command = f"python {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}"
+    with whole_folder(out, args.overwrite) as folder:
+        outputs = files or [folder / "outputs" / f"{index:05d}.png" for index in range(len(source.frames))]
+        if files is None:
+            (folder / "outputs").mkdir()
+            write_json(folder / "paths.json", {"output": data.as_column([f"outputs/{file.name}" for file in outputs])})
+        write_json(folder / "metadata.json", metadata)
+        rows = list(clips.in_threads(
+            lambda item: finish_frame(item[1], item[0], source, None if files else outputs[item[0]]),
+            enumerate(progress(pixels, "predict", len(source.frames))), threads, ahead=64))
+        summary = write_scores(folder, rows, args.protocol) if "iou" in rows[0] else None
+        if not args.no_pictures:
+            write_pictures(folder, source, outputs, rows, summary, {**metadata, "command": command}, args.video)
+        with tracking.start(account, "val-eval" if summary else "run-test", {"command": command}) as tracker:
+            for name in used:
+                tracker.use(name)
+            tracker.summary({"nparams": metadata.get("nparams")})
+            if summary is not None:
+                table = [(outputs[row["index"]], np.unpackbits(source.mask(row["index"]), axis=1, count=source.sizes[row["index"]][1]) * 255,
+                          -1.0 if row["iou"] is None else row["iou"]) for row in rows if tracker.run]
+                tracking.log_scores(tracker, decoder_name, args.split or "val", table, summary)
+    print_scores(summary)
+    print(f"wrote {out}: {len(source.frames)} frames" + ("" if args.no_pictures else f"; open {out / 'report.html'}"))
+    if not args.predictions:
+        print(f"next: python package.py --results {out}")
+
+
+def default_name(path: Path, model: dict) -> str:
+    """What to call the results of a model: its run folder's name, else its decoder's."""
+    run_folder = path if path.is_dir() else path.parent
+    return run_folder.resolve().name if path.is_dir() or path.name == "model.pt" else model["decoder"]
+
+
+def print_scores(scores: dict | None) -> None:
+    """Print the scores as a table, a clip a line, the whole set last."""
+    if scores is None:
+        return
+    keys = ["frames", "mean_iou", "J_mean", "J_recall", "J_decay", "F_mean", "F_recall", "F_decay"]
+    print(f"protocol {scores['protocol']}; mean_iou is the contest's, over frames; J and F are means over clips")
+    print(f"{'clip':<24}" + "".join(f"{key:>10}" for key in keys))
+    for name, row in [*scores["per_clip"].items(), ("all", scores)]:
+        cells = ["-" if row[key] is None else f"{row[key]:.4f}" if isinstance(row[key], float) else str(row[key]) for key in keys]
+        print(f"{name:<24}" + "".join(f"{cell:>10}" for cell in cells))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

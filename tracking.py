@@ -170,8 +170,12 @@ class Tracker:
     def gradients(self) -> dict:
         """Return {"gradients/<parameter>": histogram of its finite values} of the watched model."""
         import wandb
-        grads = {name: parameter.grad.detach().float().cpu() for name, parameter in self.watched[0].named_parameters() if parameter.grad is not None}
-        return {f"gradients/{name}": wandb.Histogram(grad[grad.isfinite()].numpy()) for name, grad in grads.items()}
+        row = {}
+        for name, parameter in self.watched[0].named_parameters():
+            if parameter.grad is not None:
+                values = parameter.grad.detach().float().cpu()
+                row[f"gradients/{name}"] = wandb.Histogram(values[values.isfinite()].numpy())
+        return row
 
     def summary(self, values: dict) -> None:
         """Set the run's final numbers, as the run table shows them."""
@@ -241,7 +245,10 @@ class Tracker:
             with self.going_on("what was not uploaded"):
                 folders += [self.keep_unsent(run.id)] if self.unsent else []
             upload = " ".join(["wandb sync", *(["--include-online"] if online else []), *map(str, folders)])
-            say(f"the run is at {run.url}; should something be missing there: {upload}" if online and not self.failed else f"to upload this run: {upload}")
+            if online and not self.failed:
+                say(f"the run is at {run.url}; should something be missing there: {upload}")
+            else:
+                say(f"to upload this run: {upload}")
 
     def keep_unsent(self, run_id: str) -> str:
         """Log what the client would not take without its server to an offline twin of the run; return its folder."""
@@ -437,7 +444,8 @@ def parse_reference(text: str, account: Account) -> Reference:
     """
     parts = re.fullmatch(r"wandb:(?:(?:([\w.-]+)/)?([\w.-]+)/)?([\w.-]+):([\w.-]+)", text)
     if not parts or any(set(part or "x") == {"."} for part in parts.groups()):
-        raise BadInput(f"{text}: expected wandb:<entity>/<project>/<name>:<alias or version>, such as wandb:wandb/davis/davis2016-val:contest")
+        raise BadInput(f"{text}: expected wandb:<entity>/<project>/<name>:<alias or version>, "
+                       "such as wandb:wandb/davis/davis2016-val:contest")
     entity, project, name, version = parts.groups()
     return Reference(entity or account.entity or default_entity(account), project or account.project, name, version)
 
@@ -451,7 +459,8 @@ def default_entity(account: Account) -> str:
         entity = ask(lambda wandb: wandb.Api().default_entity)
     except ConnectionError as error:
         if not remembered.exists():
-            raise BadInput(f"the default entity is not known ({redact(first_line(error))}); pass --entity, or write wandb:<entity>/<project>/<name>:<alias>") from None
+            raise BadInput(f"the default entity is not known ({redact(first_line(error))}); pass --entity, "
+                           "or write wandb:<entity>/<project>/<name>:<alias>") from None
         return read_json(remembered)
     remembered.parent.mkdir(parents=True, exist_ok=True)
     write_json(remembered, entity)
@@ -521,7 +530,8 @@ def check_entry(name: str, path: str, entry) -> None:
     if not parts or ".." in parts or parts[0].startswith("/") or ":" in parts[0]:
         raise BadInput(f"wandb:{name}: has an entry {path!r}, expected paths inside the artifact; do not use it")
     if entry.ref is not None:
-        raise BadInput(f"wandb:{name}: the entry {path!r} refers to {redact(entry.ref)}, expected a stored file; fetch it by hand and pass a folder")
+        raise BadInput(f"wandb:{name}: the entry {path!r} refers to {redact(entry.ref)}, expected a stored file; "
+                       "fetch it by hand and pass a folder")
 
 
 def check_digest(name: str, path: Path, entry) -> None:
@@ -537,7 +547,8 @@ def check_digest(name: str, path: Path, entry) -> None:
         while piece := file.read(1 << 20):
             digest.update(piece)
     if base64.b64encode(digest.digest()).decode() != entry.digest:
-        raise BadInput(f"wandb:{name}: the file {path.name} is not what the manifest says (digest differs); try again, or ask who made it")
+        raise BadInput(f"wandb:{name}: the file {path.name} is not what the manifest says (digest differs); "
+                       "try again, or ask who made it")
 
 
 @contextlib.contextmanager

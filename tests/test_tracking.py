@@ -1,5 +1,6 @@
 """Tracking with the real wandb client: offline runs read back from their file, online ones against a local server."""
 import argparse
+import base64
 import io
 import json
 import os
@@ -121,7 +122,7 @@ def feature_folder(folder, seed=0):
 
 
 def log_everything(tracker, home):
-    """Log one of each kind, as the four scripts do; return the paths that went into artifacts."""
+    """Log one of each kind, as the four scripts do; return the feature folder and an output's path."""
     features = feature_folder(home / "features")
     model = home / "model.pt"
     checkpoint = home / "model-00000010.pt"
@@ -137,7 +138,7 @@ def log_everything(tracker, home):
     tracking.log_model(tracker, "linear", model, [checkpoint], {"val_iou": 0.5})
     tracking.log_results(tracker, "linear", {"outputs/00000.png": output, "paths.json": features / "paths.json"}, {"nparams": 12})
     tracking.log_scores(tracker, "linear", "val", [(output, np.eye(6, 8, dtype=np.uint8) * 255, -1.0)], {"mean_iou": 0.25})
-    return features, model, checkpoint, output
+    return features, output
 
 
 def lines(path):
@@ -165,7 +166,7 @@ def test_local_log_is_started_afresh_or_appended_to(tmp_path):
 
 
 def test_local_log_that_cannot_be_written_is_bad_input(tmp_path):
-    with pytest.raises(files.BadInput, match="absent.*cannot be written"):
+    with pytest.raises(files.BadInput, match=r"absent.*cannot be written"):
         tracking.start(account("disabled"), "train", {}, log=tmp_path / "absent" / "log.jsonl")
 
 
@@ -192,9 +193,10 @@ def test_mode_comes_from_the_flag_then_the_environment(monkeypatch):
     for found, mode in (("offline", "offline"), ("dryrun", "offline"), ("DISABLED", "disabled"), ("online", "online")):
         monkeypatch.setenv("WANDB_MODE", found)
         assert tracking.from_flags(flags()).mode == mode
-    assert tracking.from_flags(flags("--wandb", "disabled", "--entity", "e", "--project", "p", "--run-name", "n")) == ("disabled", "p", "e", "n")
+    given = flags("--wandb", "disabled", "--entity", "e", "--project", "p", "--run-name", "n")
+    assert tracking.from_flags(given) == ("disabled", "p", "e", "n")
     monkeypatch.setenv("WANDB_MODE", "sometimes")
-    with pytest.raises(files.BadInput, match="WANDB_MODE=sometimes: expected one of disabled, offline, online"):
+    with pytest.raises(files.BadInput, match=r"WANDB_MODE=sometimes: expected one of disabled, offline, online"):
         tracking.from_flags(flags())
 
 
@@ -240,7 +242,7 @@ def test_offline_run_holds_everything(tmp_path, monkeypatch, capfd):
     config = {"lr": 5e-4, "out": tmp_path, "note": f"my key is {KEY}"}
     with tracking.start(account("offline", name="first"), "train", config, log=tmp_path / "log.jsonl") as tracker:
         tracker.use("wandb/davis/davis2016-train:v3")
-        features, model, checkpoint, output = log_everything(tracker, tmp_path)
+        features, output = log_everything(tracker, tmp_path)
     assert not tracker.failed
     rows = history(tracker.folder)
     assert [rows[step]["loss"] for step in range(3)] == [1.0, 0.5, pytest.approx(1 / 3)]
@@ -261,13 +263,15 @@ def test_offline_run_holds_everything(tmp_path, monkeypatch, capfd):
 
     logged = offline_artifacts(tracker.folder)
     assert {name: artifact.type for name, artifact in logged.items()} == {
-        "alexnet-featurized-train": "featurized-data", "linear": "trained-model", "linear-result": "result", "linear-result-submission": "submission"}
+        "alexnet-featurized-train": "featurized-data", "linear": "trained-model", "linear-result": "result",
+        "linear-result-submission": "submission"}
     found = entries(logged["alexnet-featurized-train"])
     assert set(found) == {"features_array", "masks", "paths.json", "meta.json"}
     assert (np.load(io.BytesIO(found["features_array"])) == np.load(features / "features.npy")).all()
     assert entries(logged["linear"]) == {"final_model": b"final", "model-00000010.pt": b"tenth"}
     assert set(logged["linear"].aliases) == {"latest", "best"} and json.loads(logged["linear"].metadata) == {"val_iou": 0.5}
-    assert entries(logged["linear-result"]) == {"outputs/00000.png": output.read_bytes(), "paths.json": (features / "paths.json").read_bytes()}
+    submitted = {"outputs/00000.png": output.read_bytes(), "paths.json": (features / "paths.json").read_bytes()}
+    assert entries(logged["linear-result"]) == submitted
     assert json.loads(logged["linear-result"].metadata) == {"nparams": 12}
     table = json.loads(entries(logged["linear-result-submission"])["val-eval-data.table.json"])
     assert table["columns"] == ["out", "target", "iou_score"] and table["data"][0][2] == -1.0
@@ -320,7 +324,7 @@ def test_online_run_arrives_whole(tmp_path, server, capfd):
     server.publish("davis2016-train", "dataset", {"paths.json": b"{}"})
     with tracking.start(account("online"), "train", {"lr": 5e-4}, log=tmp_path / "log.jsonl") as tracker:
         tracker.use(f"{ENTITY}/davis/davis2016-train:v0")
-        features, model, checkpoint, output = log_everything(tracker, tmp_path)
+        features, output = log_everything(tracker, tmp_path)
     assert not tracker.failed
     (name, run), = server.runs.items()
     assert (run["project"], run["job_type"], run["config"]["lr"], run["exit"]) == ("davis", "train", 5e-4, 0)
@@ -329,7 +333,8 @@ def test_online_run_arrives_whole(tmp_path, server, capfd):
     picture = run["history"][2]["prediction"]
     stored = iio.imread(server.files[f"run/{name}/{picture['masks']['ground_truth']['path']}"])
     assert (stored == (np.eye(6, 8) > 0)).all()
-    assert set(server.contents(server.artifact("alexnet-featurized-train:latest"))) == {"features_array", "masks", "paths.json", "meta.json"}
+    featurized = server.contents(server.artifact("alexnet-featurized-train:latest"))
+    assert set(featurized) == {"features_array", "masks", "paths.json", "meta.json"}
     assert server.contents(server.artifact("linear:best")) == {"final_model": b"final", "model-00000010.pt": b"tenth"}
     result = server.artifact("linear-result:latest")
     assert result["metadata"] == {"nparams": 12}
@@ -337,6 +342,8 @@ def test_online_run_arrives_whole(tmp_path, server, capfd):
     assert "val-eval-data.table.json" in server.contents(server.artifact("linear-result-submission:latest"))
 
     assert server.unknown == []
+    key = "Basic " + base64.b64encode(f"api:{KEY}".encode()).decode()
+    assert server.keys == {"graphql": {key}, "files": {key}, "storage": {None}}  # a signed URL is not shown the key
     assert not any(KEY.encode() in data for data in server.files.values())
     assert not any(path.name.endswith((".py", "diff.patch")) for path in Path(tracker.folder).rglob("*"))
     printed = capfd.readouterr()
@@ -391,12 +398,12 @@ def test_the_cache_is_used_without_the_network(server, monkeypatch, capfd):
     monkeypatch.setattr(wandb.Api, "_HTTP_TIMEOUT", 1)  # seconds; nobody will answer
     assert tracking.fetch(latest, account("disabled")) == (newer, used)
     assert "using v1" in capfd.readouterr().err
-    with pytest.raises(files.BadInput, match="not in the cache .*not to be had"):
+    with pytest.raises(files.BadInput, match=r"not in the cache .*not to be had"):
         tracking.fetch(f"wandb:{ENTITY}/davis/other:latest", account("disabled"))
 
 
 def test_offline_does_not_ask_for_what_is_not_in_the_cache(server):
-    with pytest.raises(files.BadInput, match="not in the cache.*--wandb disabled fetches"):
+    with pytest.raises(files.BadInput, match=r"not in the cache.*--wandb disabled fetches"):
         tracking.fetch(f"wandb:{ENTITY}/davis/linear:v0", account("offline"))
     assert server.operations == []
 
@@ -410,14 +417,15 @@ def test_short_names_use_the_account(server, tmp_path):
     assert tracking.fetch("wandb:other:latest", account("disabled", project="elsewhere"))[1] == f"{ENTITY}/elsewhere/other:v0"
 
 
-@pytest.mark.parametrize("source", ["wandb:", "wandb:linear", "wandb:a/b/c/d:v0", "wandb:a/b/c", "wandb:../b/c:v0", "wandb:a/b/c:..", "wandb:a/b/c:v0/x"])
+@pytest.mark.parametrize("source", ["wandb:", "wandb:linear", "wandb:a/b/c/d:v0", "wandb:a/b/c", "wandb:../b/c:v0",
+                                    "wandb:a/b/c:..", "wandb:a/b/c:v0/x"])
 def test_malformed_references(source):
-    with pytest.raises(files.BadInput, match="expected wandb:<entity>/<project>/<name>:<alias or version>"):
+    with pytest.raises(files.BadInput, match=r"expected wandb:<entity>/<project>/<name>:<alias or version>"):
         tracking.fetch(source, account("disabled"))
 
 
 def test_an_artifact_that_is_not_there(server):
-    with pytest.raises(files.BadInput, match="there is no such artifact .*nothing:latest"):
+    with pytest.raises(files.BadInput, match=r"there is no such artifact .*nothing:latest"):
         tracking.fetch(f"wandb:{ENTITY}/davis/nothing:latest", account("disabled"))
 
 
@@ -425,7 +433,7 @@ def test_a_tampered_download_is_refused(server):
     artifact = server.publish("linear", "trained-model", {"final_model": b"weights", "model-00000000.pt": b"w"})
     key = f"blob/{artifact['id']}/final_model"
     server.files[key] = b"changed"  # the same size, so that only the digest can tell
-    with pytest.raises(files.BadInput, match="final_model is not what the manifest says"):
+    with pytest.raises(files.BadInput, match=r"final_model is not what the manifest says"):
         tracking.fetch(f"wandb:{ENTITY}/davis/linear:latest", account("disabled"))
     home = tracking.cache_folder() / ENTITY / "davis" / "linear"
     assert list(home.iterdir()) == []  # nothing half-fetched is left
@@ -437,7 +445,7 @@ def test_a_tampered_download_is_refused(server):
 @pytest.mark.parametrize("path", ["../evil", "/evil", "a/../../evil", "..\\evil", "C:\\evil"])
 def test_entries_that_leave_the_folder_are_refused(server, path):
     server.publish("linear", "trained-model", {path: b"x"})
-    with pytest.raises(files.BadInput, match="has an entry .*expected paths inside the artifact"):
+    with pytest.raises(files.BadInput, match=r"has an entry .*expected paths inside the artifact"):
         tracking.fetch(f"wandb:{ENTITY}/davis/linear:latest", account("disabled"))
     assert list(tracking.cache_folder().rglob("*evil*")) == []
 
@@ -448,7 +456,7 @@ def test_references_to_files_elsewhere_are_refused(server):
     manifest = json.loads(server.files[key])
     manifest["contents"]["data"]["ref"] = "file:///etc/passwd"
     server.files[key] = json.dumps(manifest).encode()
-    with pytest.raises(files.BadInput, match="refers to file:///etc/passwd, expected a stored file"):
+    with pytest.raises(files.BadInput, match=r"refers to file:///etc/passwd, expected a stored file"):
         tracking.fetch(f"wandb:{ENTITY}/davis/linear:latest", account("disabled"))
 
 
@@ -511,7 +519,7 @@ def test_a_server_that_does_not_answer_at_the_start(tmp_path, monkeypatch, capfd
 
 def test_a_refused_key_stops_before_any_work(server):
     server.failing["graphql"] = 401
-    with pytest.raises(files.BadInput, match="--wandb online: refused .*check WANDB_API_KEY"):
+    with pytest.raises(files.BadInput, match=r"--wandb online: refused .*check WANDB_API_KEY"):
         tracking.start(account("online"), "train", {})
 
 

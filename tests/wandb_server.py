@@ -27,16 +27,16 @@ class WandbServer:
     """The server and what it was told.
 
     runs       {run id: {"project", "job_type", "config", "history" (rows), "summary", "uses" (artifact ids), "exit"}}
-    artifacts  {artifact id: {"id", "project", "name", "type", "version", "aliases", "metadata", "run", "state", "digest"}}
+    artifacts  {artifact id: {"project", "name", "type", "version", "aliases", "metadata", "run", "state", "digest"}}
     files      {key: bytes}, everything that was PUT under /storage/<key>
     operations [name of each GraphQL operation, in order]; those it has no answer to are also in `unknown`
-    keys       the set of API keys that clients showed
+    keys       {part of the server: the set of Authorization headers that clients showed it}
     """
 
     def __init__(self):
         self.key, self.failing = KEY, {}
         self.runs, self.artifacts, self.files = {}, {}, {}
-        self.operations, self.unknown, self.keys = [], [], set()
+        self.operations, self.unknown, self.keys = [], [], {"graphql": set(), "files": set(), "storage": set()}
         self.lock = threading.Lock()
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"server_state": self}))
         self.http.daemon_threads = True
@@ -60,13 +60,13 @@ class WandbServer:
     def publish(self, name, type, contents, project="davis", metadata=None):
         """Add a committed version of artifact `name` as if a client had logged it: contents {entry path: bytes}."""
         created = self.do_CreateArtifact({"input": {
-            "projectName": project, "artifactCollectionName": name, "artifactTypeName": type, "digest": "0", "aliases": [{"alias": "latest"}],
-            "metadata": json.dumps(metadata or {})}})
+            "projectName": project, "artifactCollectionName": name, "artifactTypeName": type, "digest": "0",
+            "aliases": [{"alias": "latest"}], "metadata": json.dumps(metadata or {})}})
         artifact = self.artifacts[created["createArtifact"]["artifact"]["id"]]
-        entries = {path: {"digest": base64.b64encode(hashlib.md5(data).digest()).decode(), "birthArtifactID": artifact["id"], "size": len(data)}
-                   for path, data in contents.items()}
-        self.files[f"manifest/{artifact['id']}"] = json.dumps({
-            "version": 1, "storagePolicy": "wandb-storage-policy-v1", "storagePolicyConfig": {"storageLayout": "V2"}, "contents": entries}).encode()
+        digests = {path: base64.b64encode(hashlib.md5(data).digest()).decode() for path, data in contents.items()}
+        entries = {path: {"digest": digests[path], "birthArtifactID": artifact["id"], "size": len(data)} for path, data in contents.items()}
+        manifest = {"version": 1, "storagePolicy": "wandb-storage-policy-v1", "storagePolicyConfig": {"storageLayout": "V2"}}
+        self.files[f"manifest/{artifact['id']}"] = json.dumps({**manifest, "contents": entries}).encode()
         self.files.update({f"blob/{artifact['id']}/{path}": data for path, data in contents.items()})
         self.do_CommitArtifact({"artifactID": artifact["id"]})
         return artifact
@@ -75,7 +75,8 @@ class WandbServer:
         """Return the committed artifact called "collection:alias" or "collection:vN", or None."""
         collection, alias = name.split(":")
         for artifact in self.artifacts.values():
-            if artifact["name"] == collection and artifact["state"] == "COMMITTED" and alias in artifact["aliases"] + [artifact["version"]]:
+            called = (alias in artifact["aliases"] or alias == artifact["version"]) and artifact["name"] == collection
+            if called and artifact["state"] == "COMMITTED":
                 return artifact
         return None
 
@@ -105,7 +106,8 @@ class WandbServer:
             return method(variables)
 
     def do_Viewer(self, _):
-        return {"viewer": {"id": "user", "entity": ENTITY, "username": ENTITY, "email": "tester@localhost", "flags": "{}", "teams": {"edges": []}}}
+        return {"viewer": {"id": "user", "entity": ENTITY, "username": ENTITY, "email": "tester@localhost",
+                           "flags": "{}", "teams": {"edges": []}}}
 
     def do_ServerFeaturesQuery(self, _):
         return {"serverInfo": {"features": []}}
@@ -133,10 +135,12 @@ class WandbServer:
     def do_CreateArtifact(self, v):
         spec = v["input"]
         number = len(self.artifacts)
-        version = sum(a["name"] == spec["artifactCollectionName"] and a["project"] == spec["projectName"] for a in self.artifacts.values())
-        artifact = {"id": f"artifact{number}", "project": spec["projectName"], "name": spec["artifactCollectionName"], "type": spec["artifactTypeName"],
+        project, name = spec["projectName"], spec["artifactCollectionName"]
+        version = sum((other["project"], other["name"]) == (project, name) for other in self.artifacts.values())
+        artifact = {"id": f"artifact{number}", "project": project, "name": name, "type": spec["artifactTypeName"],
                     "version": f"v{version}", "aliases": [a["alias"] for a in spec.get("aliases") or []],
-                    "metadata": json.loads(spec.get("metadata") or "{}"), "run": spec.get("runName"), "digest": spec["digest"], "state": "PENDING"}
+                    "metadata": json.loads(spec.get("metadata") or "{}"), "run": spec.get("runName"),
+                    "digest": spec["digest"], "state": "PENDING"}
         self.artifacts[artifact["id"]] = artifact
         return {"createArtifact": {"artifact": {"id": artifact["id"], "state": "PENDING", "artifactSequence": {"latestArtifact": None}}}}
 
@@ -192,12 +196,14 @@ class WandbServer:
 
     def describe(self, artifact):
         """Return an artifact as GraphQL describes one."""
-        project = {"id": artifact["project"], "internalId": artifact["project"], "name": artifact["project"], "entity": {"name": ENTITY}}
+        owner = artifact["project"]
+        project = {"id": owner, "internalId": owner, "name": owner, "entity": {"name": ENTITY}}
         collection = {"__typename": "ArtifactSequence", "name": artifact["name"], "project": project}
-        aliases = [{"__typename": "ArtifactAlias", "id": alias, "alias": alias, "artifactCollection": collection} for alias in artifact["aliases"]]
+        aliases = [{"__typename": "ArtifactAlias", "id": alias, "alias": alias, "artifactCollection": collection}
+                   for alias in artifact["aliases"]]
         entries = self.entries(artifact).values()
-        return {"__typename": "Artifact", "id": artifact["id"], "artifactSequence": collection, "versionIndex": int(artifact["version"][1:]),
-                "artifactType": {"name": artifact["type"]}, "description": None, "metadata": json.dumps(artifact["metadata"]),
+        return {"__typename": "Artifact", "id": artifact["id"], "artifactSequence": collection,
+                "versionIndex": int(artifact["version"][1:]), "artifactType": {"name": artifact["type"]}, "description": None, "metadata": json.dumps(artifact["metadata"]),
                 "ttlDurationSeconds": -2, "ttlIsInherited": True, "tags": [], "historyStep": None, "state": artifact["state"],
                 "size": sum(entry["size"] for entry in entries), "digest": artifact["digest"], "commitHash": "0",
                 "fileCount": len(entries), "createdAt": "2026-01-01T00:00:00Z", "updatedAt": "2026-01-01T00:00:00Z", "aliases": aliases}
@@ -215,9 +221,10 @@ class WandbServer:
 
     def do_GetArtifactMembershipFileUrls(self, v):
         artifact = self.artifact(f"{v['collection']}:{v['alias']}")
-        edges = [{"node": {"__typename": "File", "name": path, "directUrl": self.signed(entry["key"])}} for path, entry in self.entries(artifact).items()]
-        return {"project": {"artifactCollection": {"__typename": "ArtifactSequence", "artifactMembership": {
-            "files": {"pageInfo": {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}, "edges": edges}}}}}
+        edges = [{"node": {"__typename": "File", "name": path, "directUrl": self.signed(entry["key"])}}
+                 for path, entry in self.entries(artifact).items()]
+        files = {"pageInfo": {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}, "edges": edges}
+        return {"project": {"artifactCollection": {"__typename": "ArtifactSequence", "artifactMembership": {"files": files}}}}
 
     def file_stream(self, run_id, body):
         """Take one file-stream message: history rows, the summary, and at the end the exit code."""
@@ -264,7 +271,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def body(self):
         """Return the request's body, unpacked, and note the key it was authorised with."""
-        self.server_state.keys.add(self.headers.get("Authorization"))
+        self.server_state.keys[self.path.split("/")[1]].add(self.headers.get("Authorization"))
         data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         return gzip.decompress(data) if self.headers.get("Content-Encoding") == "gzip" else data
 
