@@ -98,7 +98,9 @@ def sweep_run_id() -> str | None:
 
 
 def redact(value):
-    """Return `value` (nested dicts, lists and scalars) as JSON can hold it, without API keys and passwords in URLs."""
+    """Return `value` (nested dicts, lists and scalars) as plain Python, without API keys and passwords in URLs."""
+    if getattr(value, "ndim", None) == 0:  # a NumPy or PyTorch scalar
+        value = value.item()
     if isinstance(value, dict):
         return {str(key): redact(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -334,7 +336,8 @@ def log_features(tracker: Tracker, folder: Path, featurizer: str, split: str, me
 def log_model(tracker: Tracker, decoder: str, model: Path, checkpoints: list[Path], metadata: dict) -> None:
     """Log a trained decoder as `<decoder>`: `final_model` is the file `model`, checkpoints keep their names.
 
-    The alias `latest` moves to it; `best` too unless the version that has it says a higher `val_iou`.
+    The alias `latest` moves to it; `best` too unless the version that has it says a higher `val_iou`
+    (offline, nobody can say).
     """
     files = {"final_model": model} | {path.name: path for path in checkpoints}
     aliases = ["best"] if beats_best(tracker, decoder, metadata.get("val_iou")) else []

@@ -230,8 +230,8 @@ for act in (lambda: tracking.from_flags(parser.parse_args(["--wandb", "offline"]
 
 def test_redact_takes_out_keys_and_passwords(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    given = {"out": Path("a/b"), "note": f"key {KEY}!", "url": ["https://me:secret@host/x"], "lr": 1e-3, "flag": None}
-    assert tracking.redact(given) == {"out": str(Path("a/b")), "note": "key ***!", "url": ["https://***@host/x"], "lr": 1e-3, "flag": None}
+    given = {"out": Path("a/b"), "note": f"key {KEY}!", "url": ["https://me:secret@host/x"], "lr": np.float32(0.5), "flag": None}
+    assert tracking.redact(given) == {"out": str(Path("a/b")), "note": "key ***!", "url": ["https://***@host/x"], "lr": 0.5, "flag": None}
 
 
 # Offline: what the client wrote, read back from its own file.
@@ -406,6 +406,14 @@ def test_offline_does_not_ask_for_what_is_not_in_the_cache(server):
     with pytest.raises(files.BadInput, match=r"not in the cache.*--wandb disabled fetches"):
         tracking.fetch(f"wandb:{ENTITY}/davis/linear:v0", account("offline"))
     assert server.operations == []
+
+
+@pytest.mark.parametrize("mode", ["offline", "disabled"])
+def test_fetching_without_logging_is_not_held_up_by_the_environment(server, monkeypatch, mode):
+    monkeypatch.setenv("WANDB_MODE", mode)
+    server.publish("linear", "trained-model", {"final_model": b"x"})
+    folder, _ = tracking.fetch(f"wandb:{ENTITY}/davis/linear:latest", tracking.from_flags(flags("--wandb", "disabled")))
+    assert (folder / "model.pt").read_bytes() == b"x" and server.runs == {}
 
 
 def test_short_names_use_the_account(server, tmp_path):

@@ -112,9 +112,6 @@ class WandbServer:
     def do_ServerFeaturesQuery(self, _):
         return {"serverInfo": {"features": []}}
 
-    def do_RunResumeStatus(self, _):
-        return {"model": None}
-
     def do_UpsertBucket(self, v):
         project, name = v.get("project") or "uncategorized", v.get("name") or v["id"]
         run = self.runs.setdefault(name, {"project": project, "config": {}, "history": [], "summary": {}, "uses": [], "exit": None})
@@ -148,11 +145,6 @@ class WandbServer:
         key = f"manifest/{v['artifactID']}"
         file = {"id": key, "uploadUrl": self.signed(key), "uploadHeaders": []}
         return {"createArtifactManifest": {"artifactManifest": {"id": key, "file": file}}}
-
-    def do_UpdateArtifactManifest(self, v):
-        key = v["artifactManifestID"]
-        file = {"id": key, "uploadUrl": self.signed(key), "uploadHeaders": []}
-        return {"updateArtifactManifest": {"artifactManifest": {"id": key, "file": file}}}
 
     def do_CreateArtifactFiles(self, v):
         edges = []
@@ -203,7 +195,8 @@ class WandbServer:
                    for alias in artifact["aliases"]]
         entries = self.entries(artifact).values()
         return {"__typename": "Artifact", "id": artifact["id"], "artifactSequence": collection,
-                "versionIndex": int(artifact["version"][1:]), "artifactType": {"name": artifact["type"]}, "description": None, "metadata": json.dumps(artifact["metadata"]),
+                "versionIndex": int(artifact["version"][1:]),
+                "artifactType": {"name": artifact["type"]}, "description": None, "metadata": json.dumps(artifact["metadata"]),
                 "ttlDurationSeconds": -2, "ttlIsInherited": True, "tags": [], "historyStep": None, "state": artifact["state"],
                 "size": sum(entry["size"] for entry in entries), "digest": artifact["digest"], "commitHash": "0",
                 "fileCount": len(entries), "createdAt": "2026-01-01T00:00:00Z", "updatedAt": "2026-01-01T00:00:00Z", "aliases": aliases}
@@ -215,9 +208,6 @@ class WandbServer:
 
     def do_FetchArtifactManifest(self, v):
         return {"artifact": {"currentManifest": {"file": {"directUrl": self.signed(f"manifest/{v['id']}")}}}}
-
-    def do_ArtifactManifest(self, v):
-        return self.do_FetchArtifactManifest({"id": v["artifact_id"]})
 
     def do_GetArtifactMembershipFileUrls(self, v):
         artifact = self.artifact(f"{v['collection']}:{v['alias']}")
