@@ -198,10 +198,10 @@ def even_sided(image: np.ndarray) -> np.ndarray:
 WIDTH, LEFT, RIGHT, PANEL = 720, 70, 20, 200  # of the drawing, in SVG units, which are pixels at full size
 CURVES_STYLE = """
   text { font: 13px system-ui, sans-serif; fill: #222 }
-  .title { font-weight: 600 } .grid { stroke: #ddd } .axis { stroke: #777 } .paper { fill: #fff }
+  .title { font-weight: 600 } .grid { stroke: #ddd } .axis { stroke: #777 } svg { background: #fff }
   .loss { stroke: #0072B2; fill: #0072B2 } .iou { stroke: #C77700; fill: #C77700 } polyline { stroke-width: 2 }
   @media (prefers-color-scheme: dark) {
-    text { fill: #eee } .grid { stroke: #444 } .axis { stroke: #999 } .paper { fill: #181818 }
+    text { fill: #eee } .grid { stroke: #444 } .axis { stroke: #999 } svg { background: #181818 }
     .loss { stroke: #56B4E9; fill: #56B4E9 } .iou { stroke: #E69F00; fill: #E69F00 }
   }
 """.strip("\n")
@@ -233,8 +233,7 @@ def curves(rows: Sequence[dict], title: str = "Training") -> str:
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" role="img" '
             f'aria-labelledby="title desc">\n<title id="title">{html.escape(title)}</title>\n'
             f'<desc id="desc">{describe(losses, "Loss")} {describe(ious, "Validation IoU")}</desc>\n<style>\n{CURVES_STYLE}\n</style>\n'
-            f'<rect class="paper" width="{WIDTH}" height="{height}"/>\n' + "\n".join(panels)
-            + f'\n{labels}\n<text x="{LEFT}" y="{height - 10}">step{", and the time since the start" if series(rows, "seconds") else ""}</text>\n</svg>\n')
+            + "\n".join(panels) + f'\n{labels}\n<text x="{LEFT}" y="{height - 10}">step{", and the time since the start" if series(rows, "seconds") else ""}</text>\n</svg>\n')
 
 
 def series(rows: Sequence[dict], key: str) -> list[tuple[float, float]]:

@@ -7,6 +7,7 @@ are plain HTML tables; the script does nothing but sort one of them. Split from 
 """
 import html
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from string import Template
@@ -20,9 +21,8 @@ PICTURE_SIDE = 480  # pixels, the longest side: three pictures a clip come to ab
 COLUMNS = {"mean_iou": "Mean IoU", "J_mean": "J", "J_decay": "J decay", "F_mean": "F", "F_decay": "F decay"}  # of the table of clips
 NONE = "–"
 
-LEGEND = """<p class="legend"><span class="fill"></span> filled blue: the prediction
-<span class="outline"></span> outlined orange: the truth</p>"""
-LEGEND_NO_TRUTH = '<p class="legend"><span class="fill"></span> filled blue: the prediction</p>'
+LEGEND = '<span class="legend"><span class="fill"></span> filled blue: the prediction</span>'
+LEGEND_TRUTH = '<span class="legend"><span class="outline"></span> outlined orange: the truth</span>'
 
 PAGE = Template("""<!DOCTYPE html>
 <html lang="en">
@@ -43,12 +43,11 @@ h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0 1rem } h2 { font-size:
 a { color: var(--link) } :focus-visible { outline: 3px solid var(--line); outline-offset: 2px }
 .quiet { color: var(--quiet); margin: .25rem 0 .75rem }
 dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .25rem 1rem; margin: 0 } dt { color: var(--quiet) } dd { margin: 0 }
-code { font: .875rem/1.5 ui-monospace, monospace }
+code { font: .875rem/1.5 ui-monospace, monospace } code span { white-space: nowrap }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-caption { text-align: left; color: var(--quiet); padding-bottom: .5rem }
 th, td { padding: .3rem .75rem; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap }
-th:first-child { text-align: left; padding-left: .25rem } thead th { vertical-align: bottom } tbody th { font-weight: 400 }
+th:first-child, #clips th:last-child { text-align: left } th:first-child { padding-left: .25rem } thead th { vertical-align: bottom } tbody th { font-weight: 400 }
 #clips { width: 100% } #clips tbody th { position: sticky; left: 0; background: var(--paper) } #clips tbody tr:hover > * { background: var(--band) }
 #clips th button { font: inherit; font-weight: 600; color: inherit; background: none; border: 0; padding: .25rem 0; cursor: pointer; white-space: nowrap }
 #clips th button::after { content: "\\2195"; display: inline-block; width: 1em; text-align: center; color: var(--quiet) }
@@ -56,9 +55,10 @@ th:first-child { text-align: left; padding-left: .25rem } thead th { vertical-al
 .spark { display: block; width: 160px; height: 32px } .spark polyline { fill: none; stroke: var(--line); stroke-width: 1.5; vector-effect: non-scaling-stroke }
 .spark line { stroke: var(--rule); vector-effect: non-scaling-stroke }
 .frames { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr)); gap: 1rem }
-figure { margin: 0 } img { display: block; width: 100%; height: auto; border-radius: 4px } figcaption { padding-top: .25rem } figcaption span { color: var(--quiet) }
-.legend { margin: .25rem 0 } .legend span { display: inline-block; width: 1.4em; height: .9em; vertical-align: -.05em; margin: 0 .2em 0 .6em }
-.legend span:first-child { margin-left: 0 } .legend .fill { background: #0072b2 } .legend .outline { border: 3px solid #e69f00; outline: 1px solid #000; outline-offset: -4px }
+figure { margin: 0 } img { display: block; width: 100%; height: auto; border-radius: 4px } figcaption { padding-top: .25rem } figcaption span { color: var(--quiet) } h3 span { font-weight: 400 }
+.legend { display: inline-block; margin-right: 1rem } .legend span { display: inline-block; width: 1.4em; height: .9em; vertical-align: -.05em }
+.fill { background: #0072b2 } .outline { border: 3px solid #e69f00; outline: 1px solid #000; outline-offset: -4px }
+@media (max-width: 480px) { dl { display: block } dd { margin-bottom: .5rem } th, td { padding: .3rem .45rem } }
 </style>
 </head>
 <body>
@@ -69,7 +69,7 @@ $facts
 </dl>
 $tables
 <h2>Frames</h2>
-$legend
+<p>$legend</p>
 $frames
 </main>
 <script>
@@ -103,7 +103,7 @@ def write_report(path: Path, scores: dict | None, rows: Sequence[dict], picture:
     write_text(path, PAGE.substitute(
         title=html.escape(title), facts="\n".join(fact(name, value) for name, value in facts.items()),
         tables=overall_table(scores) + clip_table(scores, clips) if scores else '<p class="quiet">No annotations, so no scores.</p>',
-        legend=LEGEND if scores else LEGEND_NO_TRUTH,
+        legend=f"{LEGEND} {LEGEND_TRUTH}" if scores else LEGEND,
         frames="\n".join(clip_section(number, clip, clips[clip], picture) for number, clip in enumerate(clips))))
 
 
@@ -122,13 +122,15 @@ def known(value: float | None) -> bool:
 
 def number(value: float | None) -> str:
     """Return a score as people read it, or a dash where there is none."""
-    return f"{value:.3f}" if known(value) else NONE
+    return f"{value:z.3f}".replace("-", "−") if known(value) else NONE
 
 
 def fact(name: str, value: object) -> str:
-    """Return one line of the header's list; whole numbers get thousands separators."""
+    """Return one line of the header's list; whole numbers get thousands separators, a command's flags are not broken over lines."""
     text = html.escape(f"{value:,}" if isinstance(value, int) else str(value))
-    return f"<dt>{html.escape(name)}</dt><dd>{f'<code>{text}</code>' if name == 'command' else text}</dd>"
+    if name == "command":
+        text = "<code>" + re.sub(r"(?<= )--?[a-z-]+", r"<span>\g<0></span>", text) + "</code>"
+    return f"<dt>{html.escape(name)}</dt><dd>{text}</dd>"
 
 
 def overall_table(scores: dict) -> str:
@@ -153,8 +155,8 @@ def clip_table(scores: dict, clips: dict[str, list[dict]]) -> str:
         cells = "".join(f'<td data-value="{float(value) if known(value) else ""}">{number(value)}</td>' for value in values)
         name = html.escape(clip)
         lines.append(f'<tr><th scope="row" data-value="{name}"><a href="#clip-{position}">{name}</a></th>{cells}<td>{sparkline([row.get("J") for row in rows])}</td></tr>')
-    return ('<h2>Clips</h2>\n<div class="scroll" role="region" aria-labelledby="about-clips" tabindex="0">\n<table id="clips">'
-            '<caption id="about-clips">Press a heading to sort by it. A clip’s name leads to its frames.</caption>\n'
+    return ('<h2 id="about-clips">Clips</h2>\n<p class="quiet">Press a heading to sort by it. A clip’s name leads to its frames.</p>\n'
+            '<div class="scroll" role="region" aria-labelledby="about-clips" tabindex="0">\n<table id="clips" aria-labelledby="about-clips">'
             f'<thead><tr>{headings}<th scope="col">J, frame by frame</th></tr></thead>\n<tbody>\n' + "\n".join(lines) + "\n</tbody></table>\n</div>\n")
 
 
@@ -197,8 +199,10 @@ def figure(word: str, clip: str, row: dict, image: np.ndarray) -> str:
     """Return one picture, uint8 [H, W, 3], with its caption, and with words for those who do not see it."""
     image = pictures.shrink(image, PICTURE_SIDE)
     height, width = image.shape[:2]
-    frame, scored = html.escape(str(row["frame"])), known(row.get("iou"))
-    scores = f'IoU {number(row["iou"])}, F {number(row.get("F"))}' if scored else "no score"
-    alt = f"Frame {frame} of {html.escape(clip)}: the prediction filled blue{', the truth outlined orange' if scored else ''}; {scores}"
+    frame, shown, scores = html.escape(str(row["frame"])), "the prediction filled blue", ""
+    if known(row.get("iou")):
+        shown += ", the truth outlined orange"
+        scores = f'IoU {number(row["iou"])}, F {number(row.get("F"))}'
+    alt = f"Frame {frame} of {html.escape(clip)}: {shown}. {scores}".strip()
     return (f'<figure><img src="{pictures.jpeg_uri(image)}" width="{width}" height="{height}" alt="{alt}">'
             f"<figcaption>{word}: frame {frame} <span>{scores}</span></figcaption></figure>")
