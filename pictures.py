@@ -145,16 +145,19 @@ def write_gif(path: Path, images: Sequence[np.ndarray], fps: float) -> None:
 
 
 def choose_palette(pixels: np.ndarray, count: int) -> np.ndarray:
-    """Return [at most count, 3] uint8: the overlay's two colours, then those that stand for `pixels` [K, 3] uint8 by median cut."""
-    boxes = [pixels.astype(np.float32)]
+    """Return [at most count, 3] uint8: the overlay's two colours, then what stands for `pixels` [K, 3] uint8.
+
+    The pixels are cut in two again and again, the set of the largest spread first, at its mean; each set gives its mean colour.
+    """
+    boxes = [pixels.astype(np.float64)]
     spreads = [boxes[0].var(axis=0) * len(pixels)]  # each box's spread along red, green and blue
     while len(boxes) < count - 2:
         widest = int(np.max(spreads, axis=1).argmax())
         if not spreads[widest].any():  # fewer colours than asked for: every box holds one
             break
         box, axis = boxes.pop(widest), spreads.pop(widest).argmax()
-        order = box[:, axis].argsort(kind="stable")
-        for half in np.array_split(box[order], 2):
+        above = box[:, axis] > box[:, axis].mean()
+        for half in (box[above], box[~above]):
             boxes.append(half)
             spreads.append(half.var(axis=0) * len(half))
     return np.stack([FILL, OUTLINE, *(np.round(box.mean(axis=0)).astype(np.uint8) for box in boxes)])
