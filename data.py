@@ -1,4 +1,4 @@
-"""The feature folder: written once by featurize.py, then whole in device memory for training.
+"""The feature folder: its files, written by featurize.py and checked by whoever reads them.
 
     features/<featurizer>-<split>/
         features.npy            [N, C, h, w], float16 or float32; several levels: features.<level>.npy
@@ -8,14 +8,12 @@
 
 N frames, C channels, h w feature grid, H W mask size. Levels are ordered coarse to fine.
 """
-import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from clips import Frame, inside, read_paths
 from files import BadInput, read_json
@@ -38,7 +36,6 @@ META = {  # key of meta.json: the type a reader expects
     "data": str,  # the folder that paths.json's paths start from
     "split": (str, type(None)),
 }
-CHUNK = 64 << 20  # bytes read from disk at a time
 
 
 class FeatureFolder(NamedTuple):
@@ -150,171 +147,12 @@ def folder_frames(folder: FeatureFolder, root: Path | None = None) -> list[Frame
             for clip, name, raw, annotation in zip(meta["clips"], meta["names"], *columns)]
 
 
-# --- in memory ---------------------------------------------------------------------------------
-
-
-def load_array(file: Path, shape: tuple[int, ...], device: torch.device, digest: str | None) -> torch.Tensor:
-    """Read an .npy array onto `device` in pieces, through one small pinned buffer, checking it on the way.
-
-    digest: the expected SHA-256 of the file, or None to skip that check. Returns the tensor [*shape] in
-    the file's dtype. Raises BadInput when the digest differs or a value is not finite.
-    """
-    start, dtype = check_array(file, shape, (np.float16, np.float32, np.uint8))
-    array = torch.empty(shape, dtype=getattr(torch, dtype.name), device=device)
-    flat, row = array.view(shape[0], -1), int(np.prod(shape[1:])) * dtype.itemsize
-    rows = max(1, CHUNK // row)
-    on_host = device.type == "cpu"
-    buffer = None if on_host else torch.empty((rows, flat.shape[1]), dtype=flat.dtype, pin_memory=device.type == "cuda")
-    sha = hashlib.sha256()
-    with open(file, "rb", buffering=0) as handle:
-        sha.update(handle.read(start))
-        for first in range(0, shape[0], rows):
-            target = flat[first:first + rows]
-            piece = target if on_host else buffer[:len(target)]
-            read_into(handle, piece)
-            if digest is not None:
-                sha.update(memoryview(piece.numpy()).cast("B"))
-            if not on_host:
-                target.copy_(piece)  # blocks: the one buffer is free again when it returns
-            if dtype != np.uint8 and not torch.isfinite(target.sum(dtype=torch.float32)):
-                refuse_not_finite(file, target, first)
-    if digest is not None and sha.hexdigest() != digest:
-        raise BadInput(f"{file}: its SHA-256 differs from meta.json's; the file was changed or damaged: make the folder "
-                       "anew with featurize.py, or pass --no-verify")
-    return array
-
-
-def read_into(handle: BinaryIO, piece: torch.Tensor) -> None:
-    """Fill a host tensor with the file's next bytes. A short read means the file was cut while we read it."""
-    view = memoryview(piece.numpy()).cast("B")
-    done = 0
-    while done < len(view):
-        count = handle.readinto(view[done:])
-        if not count:
-            raise BadInput(f"{handle.name}: ended early; it was changed while being read")
-        done += count
-
-
-def refuse_not_finite(file: Path, rows: torch.Tensor, first: int) -> None:
-    """Raise BadInput naming the first frame of `rows` [n, values] with NaN or infinity; none may be: sums overflow too."""
-    bad = (~torch.isfinite(rows)).any(1).nonzero()
-    if len(bad):
-        raise BadInput(f"{file}: NaN or infinity in the features of frame {first + int(bad[0])}; make the folder anew with featurize.py")
-
-
-class Features(NamedTuple):
-    """Levels of features, whole on a device: `batch(index)` is a gather, nothing else."""
-
-    levels: list[torch.Tensor]  # [N, C, h, w] each, float16 or float32
-
-    def batch(self, index: torch.Tensor) -> list[torch.Tensor]:
-        """index: int64 [B] on the features' device. Returns a float32 [B, C, h, w] for each level."""
-        return [level[index].float() for level in self.levels]
-
-
-def load_features(folder: FeatureFolder, levels: list[str], device: torch.device, verify: bool = True) -> Features:
-    """Load `levels` of a folder onto `device`. Raises BadInput for a level it lacks, damaged or non-finite values."""
-    check_levels(folder, levels)
-    arrays = []
-    for level in levels:
-        file = folder.files[level]
-        digest = folder.meta["sha256"].get(file.name) if verify else None
-        arrays.append(load_array(file, (folder.frames, *folder.meta["levels"][level]), device, digest))
-    return Features(arrays)
-
-
 def check_levels(folder: FeatureFolder, levels: list[str]) -> None:
     """Raise BadInput when the folder lacks one of `levels`."""
     for level in levels:
         if level not in folder.files:
             raise BadInput(f"{folder.path}: has no level {level!r}, only {', '.join(folder.files)}; "
                            f"featurize with --levels {','.join(levels)}")
-
-
-def load_masks(folder: FeatureFolder, device: torch.device, verify: bool = True) -> torch.Tensor:
-    """Return the packed masks, uint8 [N, H, ceil(W / 8)], on `device`. Raises BadInput when there are none."""
-    if folder.masks is None:
-        raise BadInput(f"{folder.path}: has no masks.npy, and this step needs annotations; featurize annotated clips")
-    height, width = folder.size
-    digest = folder.meta["sha256"].get("masks.npy") if verify else None
-    return load_array(folder.masks, (folder.frames, height, -(-width // 8)), device, digest)
-
-
-def pool_masks(masks: torch.Tensor, index: torch.Tensor, size: tuple[int, int], rows: torch.Tensor,
-               columns: torch.Tensor) -> torch.Tensor:
-    """Return the share of foreground in every cell of a grid, float32 [n, gh, gw] in 0..1, on the masks' device.
-
-    masks: uint8 [N, H, ceil(W / 8)], packed along W; index: int64 [n], the frames wanted; size: (H, W); rows: int64 [H], the grid row that each
-    pixel row falls in, never falling; columns: int64 [W] likewise. Counts are exact.
-    """
-    height, width = size
-    starts = torch.searchsorted(rows, torch.arange(int(rows[-1]) + 2))  # first pixel row of each grid row, and H
-    column_sums = torch.nn.functional.one_hot(columns).float()  # [W, gw]
-    area = starts.diff()[:, None].float() * column_sums.sum(0)  # [gh, gw] pixels a cell
-    bounds = list(zip(starts[:-1].tolist(), starts[1:].tolist()))
-    pooled = torch.empty(len(index), len(bounds), column_sums.shape[1], device=masks.device)
-    for first, part in zip(range(0, len(index), 32), index.split(32)):
-        bits = np.unpackbits(masks[part].cpu().numpy(), axis=2, count=width)  # [n, H, W]
-        few = max(stop - start for start, stop in bounds) < 256  # then a cell's column sums fit a byte: faster
-        sums = np.stack([np.add.reduce(bits[:, start:stop], axis=1, dtype=np.uint8 if few else np.uint32)
-                         for start, stop in bounds], axis=1)  # [n, gh, W]
-        pooled[first:first + 32] = torch.from_numpy(sums.astype(np.float32)) @ column_sums / area
-    return pooled
-
-
-class Split(NamedTuple):
-    """Frames to validate on, or to train on: all or some of a feature folder, on the device."""
-
-    folder: FeatureFolder
-    features: Features
-    masks: torch.Tensor  # uint8 [N, H, ceil(W / 8)] of the whole folder
-    index: torch.Tensor  # int64 [n], the frames that count
-
-
-def load_split(folder: FeatureFolder, levels: list[str], device: torch.device, verify: bool) -> Split:
-    """Load a feature folder and its masks whole onto the device."""
-    return Split(folder, load_features(folder, levels, device, verify), load_masks(folder, device, verify),
-                 torch.arange(folder.frames, device=device))
-
-
-def select(split: Split, index: np.ndarray) -> Split:
-    """The same folder, but only the frames of `index`."""
-    return split._replace(index=torch.from_numpy(index).to(split.index.device))
-
-
-def batch_order(step: int, frames: int, batch: int, seed: int | None) -> np.ndarray:
-    """Return the frame indices of one training batch, int64 [B] (the last of an epoch may be shorter).
-
-    An epoch passes over all `frames` once: in order when `seed` is None, else in an order drawn for that
-    epoch. A function of its arguments alone, so that a resumed run sees the same batches.
-    """
-    epoch, position = divmod(step, -(-frames // batch))
-    order = np.arange(frames) if seed is None else np.random.default_rng((seed, epoch)).permutation(frames)
-    return order[position * batch:(position + 1) * batch]
-
-
-def split_clips(clips: list[str], share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Part frames by whole clips: returns (kept, held out) frame indices, int64.
-
-    share: of the clips held out, in 0..1, at least one clip and never all; chosen by `seed`.
-    """
-    names = sorted(set(clips))
-    count = min(max(1, round(share * len(names))), len(names) - 1)
-    held = set(np.random.default_rng(seed).permutation(names)[:count])
-    out = np.array([clip in held for clip in clips])
-    return np.flatnonzero(~out), np.flatnonzero(out)
-
-
-def fold_clips(clips: list[str], folds: int, seed: int) -> list[np.ndarray]:
-    """Part frames by whole clips into `folds` about equal groups of clips: returns each group's frame indices, int64.
-
-    Raises BadInput when there are fewer clips than folds, or fewer than two folds.
-    """
-    names = sorted(set(clips))
-    if not 2 <= folds <= len(names):
-        raise BadInput(f"--folds {folds}: expected from 2 up to the number of clips, {len(names)}")
-    groups = np.array_split(np.random.default_rng(seed).permutation(names), folds)
-    return [np.flatnonzero(np.isin(clips, group)) for group in groups]
 
 
 # --- writing -----------------------------------------------------------------------------------

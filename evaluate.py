@@ -30,6 +30,7 @@ import metrics
 import models
 import pictures
 import report
+import resident
 import tracking
 from cli import Parser, add_run_flags, choose_device, positive_int, progress, run
 from files import BadInput, refuse_existing, whole_folder, write_json, write_text
@@ -49,6 +50,8 @@ def parse_args() -> argparse.Namespace:
                        help="score this folder of mask PNGs instead: <clip>/<frame>.png, or one per frame in order")
     group.add_argument("--weights", default=None, help="the featurizer's weights, for --data (default: pretrained)")
     group.add_argument("--batch-size", type=positive_int, default=16, help="frames at a time (default: 16)")
+    group.add_argument("--resident", choices=resident.RESIDENT, default=None,
+                       help="where the features are kept (default: on the device, else host memory, else disk: the first that fits)")
     group.add_argument("--no-verify", action="store_true", help="skip the SHA-256 check of the features")
     group = parser.add_argument_group("results")
     group.add_argument("--out", type=Path, default=None, help="folder to write (default: results/<name of the run>)")
@@ -87,12 +90,12 @@ class Source(NamedTuple):
 def open_source(folder: data.FeatureFolder, root: str | None, verify: bool) -> Source:
     """The frames of a feature folder; masks come from it unless frames differ in size and were resized for it."""
     frames, sizes = data.folder_frames(folder, root and Path(root)), folder.meta["sizes"]
-    masks = data.load_masks(folder, torch.device("cpu"), verify) if folder.masks and sizes is None else None
+    masks = resident.load_masks(folder, torch.device("cpu"), verify=verify) if folder.masks and sizes is None else None
     return Source(frames, [tuple(size) for size in sizes or [folder.size] * folder.frames], masks)
 
 
 def featurize(frames: list[clips.Frame], sizes: list[tuple[int, int]], model: dict, decoder: models.Decoder,
-              args: argparse.Namespace, device: torch.device) -> tuple[models.Decoder, data.Features]:
+              args: argparse.Namespace, device: torch.device) -> tuple[models.Decoder, resident.Features]:
     """Featurize frames as the model's training frames were, in memory. Returns the decoder for their size, and the features.
 
     Frames keep their aspect ratio and get about as many pixels as the model's training frames had.
@@ -114,7 +117,7 @@ def featurize(frames: list[clips.Frame], sizes: list[tuple[int, int]], model: di
     parts = [[level.half() for name, level in zip(featurizer.levels, batch) if name in levels]
              for batch in progress(maps, "featurize", -(-len(frames) // args.batch_size))]
     decoder = models.rebuild(model, decoder.state_dict(), {level: shapes[level] for level in levels}, size).to(device)
-    return decoder, data.Features([torch.cat(level) for level in zip(*parts)])
+    return decoder, resident.Features([torch.cat(level) for level in zip(*parts)], device)
 
 
 def read_predictions(folder: Path, frames: list[clips.Frame]) -> list[Path]:
@@ -237,8 +240,9 @@ def main() -> None:
             used.append(name)
             folder = data.open_features(path)
             models.check_fit(model, args.model, folder)
+            place = resident.choose_resident(args.resident, [folder], list(model["shapes"]), device)
             source = open_source(folder, args.data, not args.no_verify)
-            features = data.load_features(folder, list(model["shapes"]), device, not args.no_verify)
+            features = resident.load_features(folder, list(model["shapes"]), device, place, not args.no_verify)
             decoder = decoder.to(device)
         else:
             frames = clips.find_frames(Path(args.data), args.split)

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import FeatureFolder, Features
+from data import FeatureFolder
 from files import BadInput, whole_file
+from resident import Features
 
 Shapes = dict[str, tuple[int, int, int]]  # level: (C, h, w), coarse to fine
 LIMIT = 50_000_000  # the contest's: parameters of featurizer and decoder must be fewer

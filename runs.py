@@ -21,9 +21,10 @@ import clips
 import metrics
 import models
 import pictures
-from data import FeatureFolder, Split, folder_frames
+from data import FeatureFolder, folder_frames
 from files import BadInput, Stopped, read_json, try_lock, whole_file, write_json, write_text
 from models import Decoder, Recipe
+from resident import Split, gather
 from tracking import Tracker
 
 TIMES = "times.jsonl"  # beside log.jsonl, which holds nothing that differs between two runs of one command
@@ -145,7 +146,7 @@ def write_overlay(out: Path, step: int, decoder: Decoder, split: Split, tracker:
     prediction = metrics.foreground(next(models.predict(decoder, split.features, index))[0].cpu().numpy())
     decoder.train()
     folder, number = split.folder, int(index)
-    mask = np.unpackbits(split.masks[number].cpu().numpy(), axis=1, count=folder.size[1]).astype(bool)
+    mask = np.unpackbits(gather(split.masks, index, torch.device("cpu"))[0].numpy(), axis=1, count=folder.size[1]).astype(bool)
     frame = clips.read_image_or_black(folder_frames(folder)[number], folder.size)
     with whole_file(out / "predictions" / f"{step:08d}.png") as temporary:
         iio.imwrite(temporary, pictures.overlay(frame, prediction, mask), extension=".png")

@@ -18,6 +18,7 @@ import data
 import metrics
 import models
 import pictures
+import resident
 import runs
 import tracking
 from cli import Parser, add_run_flags, choose_device, positive_int, progress, run
@@ -35,6 +36,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--folds", type=int, default=None, metavar="K",
                        help="train K times, each time validating on another K-th of the clips, and print the mean")
     group.add_argument("--levels", default=None, help="comma-separated levels to use (default: all the folder has)")
+    group.add_argument("--resident", choices=resident.RESIDENT, default=None,
+                       help="where features are kept (default: on the device, else host memory, else disk: the first that fits)")
     group.add_argument("--no-verify", action="store_true", help="skip the SHA-256 check of the features")
     group = parser.add_argument_group("model")
     group.add_argument("--decoder", choices=list(DECODERS), default="simple", help="(default: simple)")
@@ -84,20 +87,21 @@ def choose_recipe(args: argparse.Namespace) -> Recipe:
 
 
 @torch.no_grad()
-def validate(decoder: Decoder, split: data.Split) -> float:
+def validate(decoder: Decoder, split: resident.Split) -> float:
     """Return the contest's mean IoU of the decoder on a split (at the size the featurizer saw)."""
     decoder.eval()
     ious = []
     for index, pixels in zip(split.index.split(32), models.predict(decoder, split.features, split.index)):
-        ious.append(metrics.contest_iou(metrics.pack(metrics.foreground(pixels)), split.masks[index]))
+        masks = resident.gather(split.masks, index, pixels.device)
+        ious.append(metrics.contest_iou(metrics.pack(metrics.foreground(pixels)), masks))
     decoder.train()
     return float(torch.cat(ious).nanmean().nan_to_num())
 
 
-def train(args: argparse.Namespace, recipe: Recipe, training: data.Split, validation: data.Split | None, levels: list[str],
+def train(args: argparse.Namespace, recipe: Recipe, training: resident.Split, validation: resident.Split | None, levels: list[str],
           out: Path, account: tracking.Account, used: list[str | None]) -> tuple[float | None, Decoder]:
     """Train one decoder and write its run folder. Returns the best val IoU (None without validation) and the decoder."""
-    device, folder = training.index.device, training.folder
+    device, folder = training.features.device, training.folder
     frames, log_every = len(training.index), args.log_every or max(1, recipe.steps // 10)
     shapes = {level: tuple(folder.meta["levels"][level]) for level in levels}
     torch.manual_seed(args.seed)  # immediately before the decoder: its first weights are a function of the seed alone
@@ -107,7 +111,6 @@ def train(args: argparse.Namespace, recipe: Recipe, training: data.Split, valida
     print_rules(decoder, description, recipe, frames)
 
     rows, columns = decoder.cells()
-    targets = data.pool_masks(training.masks, training.index, folder.size, rows, columns)  # [n, gh, gw]
     area = (torch.bincount(rows)[:, None] * torch.bincount(columns) / math.prod(folder.size)).to(device)  # [gh, gw]
     kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
     optimizer = kinds[recipe.optimizer](decoder.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
@@ -121,7 +124,10 @@ def train(args: argparse.Namespace, recipe: Recipe, training: data.Split, valida
     forward = torch.compile(decoder) if args.compile else decoder
     kept = average.module if average else decoder  # what is validated and saved
     stop = runs.StopSignal()
-    bar = progress(range(state["step"], recipe.steps), "train")
+    steps = range(state["step"], recipe.steps)
+    orders = (resident.batch_order(step, frames, recipe.batch, args.seed if recipe.shuffle else None) for step in steps)
+    batches = resident.batches(training, orders, (rows, columns))
+    bar = progress(steps, "train")
 
     config = {**runs.plain(args), **recipe._asdict(), "frames": frames}
     with stop, tracking.start(account, "train", config, out / "log.jsonl", append=bool(args.resume)) as tracker:
@@ -131,12 +137,11 @@ def train(args: argparse.Namespace, recipe: Recipe, training: data.Split, valida
             tracker.watch(decoder, log_every)
         decoder.train()
         started, seen = time.perf_counter(), 0
-        for step in bar:
+        for step, (_, levels_in, target) in zip(bar, batches):  # [B, C, h, w] each, [B, gh, gw]
             torch.manual_seed(args.seed + 1 + step)  # what is random in a step depends on the seed and the step alone
-            index = torch.from_numpy(data.batch_order(step, frames, recipe.batch, args.seed if recipe.shuffle else None)).to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                output = forward(training.features.batch(training.index[index]))  # [B, gh, gw]
-                loss = decoder.loss(output, targets[index], area)
+                output = forward(levels_in)  # [B, gh, gw]
+                loss = decoder.loss(output, target, area)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -146,7 +151,7 @@ def train(args: argparse.Namespace, recipe: Recipe, training: data.Split, valida
             state["total"] += loss.detach()
             state["count"] += 1
             state["step"] = step + 1
-            seen += len(index)
+            seen += len(target)
 
             if step % log_every == 0 or step + 1 == recipe.steps:  # here, and only here, the host waits for the device
                 row = {"loss": float(state["total"]) / state["count"], "lr": optimizer.param_groups[0]["lr"]}
@@ -218,7 +223,8 @@ def main() -> None:
         refuse_existing(out, args.overwrite)
     total = sum(math.prod(folder.meta["levels"][level]) * folder.frames for folder in folders for level in levels)
     print(f"{' and '.join(str(folder.path) for folder in folders)}: {', '.join(levels)}, {total / 1e6:,.0f} million values to {device}")
-    splits = [data.load_split(folder, levels, device, not args.no_verify) for folder in folders]
+    place = resident.choose_resident(args.resident, folders, levels, device)
+    splits = [resident.load_split(folder, levels, device, place, not args.no_verify) for folder in folders]
 
     with runs.own_folder(out, fresh=not args.resume):
         if not args.resume:
@@ -229,21 +235,21 @@ def main() -> None:
             train_folds(args, recipe, training, levels, out, account, used)
             return
         if args.holdout and validation is None:
-            kept, held = data.split_clips(names, args.holdout, args.seed)
-            training, validation = data.select(training, kept), data.select(training, held)
+            kept, held = resident.split_clips(names, args.holdout, args.seed)
+            training, validation = resident.select(training, kept), resident.select(training, held)
         best, _ = train(args, recipe, training, validation, levels, out, account, used)
     print(f"wrote {out}: model.pt" + (f", val IoU {best:.4f}" if best is not None else ""))
     print(f"next: python evaluate.py --model {out} --features {args.val_features or 'FEATURES'}")
 
 
-def train_folds(args, recipe: Recipe, training: data.Split, levels: list[str], out: Path, account, used) -> None:
+def train_folds(args, recipe: Recipe, training: resident.Split, levels: list[str], out: Path, account, used) -> None:
     """Train --folds times, each validating on other clips, and print and write the mean IoU over all frames' folds."""
     ious = []
-    for fold, held in enumerate(data.fold_clips(training.folder.meta["clips"], args.folds, args.seed)):
+    for fold, held in enumerate(resident.fold_clips(training.folder.meta["clips"], args.folds, args.seed)):
         kept = np.setdiff1d(np.arange(training.folder.frames), held)
         runs.prepare_folder(out / f"fold-{fold}")
-        best, decoder = train(args, recipe, data.select(training, kept), data.select(training, held), levels, out / f"fold-{fold}", account, used)
-        ious.append(validate(decoder, data.select(training, held)))
+        best, decoder = train(args, recipe, resident.select(training, kept), resident.select(training, held), levels, out / f"fold-{fold}", account, used)
+        ious.append(validate(decoder, resident.select(training, held)))
         print(f"fold {fold}: val IoU {ious[-1]:.4f} at the last step, {best:.4f} at the best")
     write_json(out / "folds.json", {"val_iou": ious, "mean": float(np.mean(ious))})
     print(f"wrote {out}: mean IoU of {args.folds} folds {np.mean(ious):.4f} at the last step")

@@ -1,0 +1,279 @@
+"""Features and masks in memory, ready to train from: whole on the device, in host memory, or read from disk.
+
+`load_split` loads a feature folder, `batches` yields what a training step needs. On the device a batch is a
+gather and nothing else; from host memory or disk a thread gathers the next batch while this one trains.
+Parted from data.py, which knows the files.
+"""
+import hashlib
+import math
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+
+from clips import in_threads
+from data import FeatureFolder, check_array, check_levels
+from files import BadInput
+
+RESIDENT = ("device", "host", "disk")
+CHUNK = 32 << 20  # bytes read from disk at a time
+SPARE = 0.8  # share of the free memory that features and masks may take
+
+
+# --- rows of an array, wherever they are --------------------------------------------------------
+
+
+class DiskRows:
+    """The rows of an .npy file, read when asked for.
+
+    Read, not mapped: mapped pages count as this process's memory, which would grow with the file.
+    """
+
+    def __init__(self, file: Path, shape: tuple[int, ...], start: int, dtype: torch.dtype):
+        self.handle, self.shape, self.start, self.dtype = open(file, "rb", buffering=0), shape, start, dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
+        """Return rows `index`, int64 [B], in host memory."""
+        rows = torch.empty((len(index), *self.shape[1:]), dtype=self.dtype)
+        for row, number in zip(rows, index.tolist()):
+            view = memoryview(row.numpy().reshape(-1)).cast("B")
+            if os.preadv(self.handle.fileno(), [view], self.start + number * len(view)) != len(view):
+                raise BadInput(f"{self.handle.name}: ended early; it was changed while being read")
+        return rows
+
+
+Rows = torch.Tensor | DiskRows
+
+
+def load_rows(file: Path, shape: tuple[int, ...], device: torch.device, resident: str, digest: str | None) -> Rows:
+    """Read an .npy array once, checking it on the way, and return it as rows that `resident` says where to keep.
+
+    The array reaches the device in pieces through one small pinned buffer: no second copy in host memory.
+    digest: the expected SHA-256 of the file, or None to skip that check. Raises BadInput when the digest
+    differs or a value is not finite.
+    """
+    start, dtype = check_array(file, shape, (np.float16, np.float32, np.uint8))
+    kind = getattr(torch, dtype.name)
+    array = None
+    if resident != "disk":
+        where = device if resident == "device" else torch.device("cpu")
+        array = torch.empty(shape, dtype=kind, device=where, pin_memory=resident == "host" and device.type == "cuda")
+    values = math.prod(shape[1:])
+    buffer = torch.empty((max(1, CHUNK // (values * dtype.itemsize)), values), dtype=kind, pin_memory=device.type == "cuda")
+    sha = hashlib.sha256()
+    with open(file, "rb", buffering=0) as handle:
+        sha.update(handle.read(start))
+        for first in range(0, shape[0], len(buffer)):
+            piece = buffer[:min(len(buffer), shape[0] - first)]
+            read_into(handle, piece)
+            if digest is not None:
+                sha.update(memoryview(piece.numpy()).cast("B"))
+            if dtype != np.uint8 and not math.isfinite(piece.sum(dtype=torch.float32)):
+                refuse_not_finite(file, piece, first)
+            if array is not None:
+                array[first:first + len(piece)] = piece.view(-1, *shape[1:])
+    if digest is not None and sha.hexdigest() != digest:
+        raise BadInput(f"{file}: its SHA-256 differs from meta.json's; the file was changed or damaged: make the folder "
+                       "anew with featurize.py, or pass --no-verify")
+    return DiskRows(file, shape, start, kind) if array is None else array
+
+
+def read_into(handle: BinaryIO, piece: torch.Tensor) -> None:
+    """Fill a host tensor with the file's next bytes. A short read means the file was cut while we read it."""
+    view = memoryview(piece.numpy()).cast("B")
+    done = 0
+    while done < len(view):
+        count = handle.readinto(view[done:])
+        if not count:
+            raise BadInput(f"{handle.name}: ended early; it was changed while being read")
+        done += count
+
+
+def refuse_not_finite(file: Path, rows: torch.Tensor, first: int) -> None:
+    """Raise BadInput naming the first frame of `rows` [n, values] with NaN or infinity; none may be: sums overflow too."""
+    bad = (~torch.isfinite(rows)).any(1).nonzero()
+    if len(bad):
+        raise BadInput(f"{file}: NaN or infinity in the features of frame {first + int(bad[0])}; make the folder anew with featurize.py")
+
+
+# --- features and masks ------------------------------------------------------------------------
+
+
+class Features(NamedTuple):
+    """Levels of features: `batch(index)` is a gather, nothing else."""
+
+    levels: list[Rows]  # [N, C, h, w] each, float16 or float32
+    device: torch.device  # where batches go
+
+    def batch(self, index: torch.Tensor) -> list[torch.Tensor]:
+        """index: int64 [B]. Returns a float32 [B, C, h, w] on the device for each level."""
+        return [gather(level, index, self.device).float() for level in self.levels]
+
+
+def gather(rows: Rows, index: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return rows `index`, int64 [B] on any device, on `device`."""
+    if isinstance(rows, torch.Tensor) and rows.device == index.device:
+        return rows[index].to(device, non_blocking=True)
+    where = rows.device if isinstance(rows, torch.Tensor) else torch.device("cpu")
+    return rows[index.to(where)].to(device, non_blocking=True)
+
+
+def load_features(folder: FeatureFolder, levels: list[str], device: torch.device, resident: str = "device",
+                  verify: bool = True) -> Features:
+    """Load `levels` of a folder. Raises BadInput for a level it lacks, damaged or non-finite values."""
+    check_levels(folder, levels)
+    digests = folder.meta["sha256"] if verify else {}
+    return Features([load_rows(folder.files[level], (folder.frames, *folder.meta["levels"][level]), device, resident,
+                               digests.get(folder.files[level].name)) for level in levels], device)
+
+
+def load_masks(folder: FeatureFolder, device: torch.device, resident: str = "device", verify: bool = True) -> Rows:
+    """Return the packed masks, uint8 [N, H, ceil(W / 8)]. Raises BadInput when there are none."""
+    if folder.masks is None:
+        raise BadInput(f"{folder.path}: has no masks.npy, and this step needs annotations; featurize annotated clips")
+    digest = folder.meta["sha256"].get("masks.npy") if verify else None
+    return load_rows(folder.masks, mask_shape(folder), device, resident, digest)
+
+
+def mask_shape(folder: FeatureFolder) -> tuple[int, int, int]:
+    """The shape of a folder's masks.npy: [N, H, ceil(W / 8)]."""
+    height, width = folder.size
+    return folder.frames, height, -(-width // 8)
+
+
+def choose_resident(asked: str | None, folders: list[FeatureFolder], levels: list[str], device: torch.device) -> str:
+    """Return where features and masks go: where `asked`, else on the device, in host memory or on disk, the first that fits.
+
+    Checked before anything is allocated. Raises BadInput naming both numbers when they do not fit where asked.
+    """
+    needed = sum(folder.files[level].stat().st_size for folder in folders for level in levels)
+    needed += sum(math.prod(mask_shape(folder)) for folder in folders if folder.masks)
+    for place, free in (("device", free_memory(device)), ("host", free_memory(torch.device("cpu")))):
+        fits = free is None or needed <= SPARE * free
+        if asked == place and not fits:
+            raise BadInput(f"--resident {place}: the features and masks take {needed / 1e9:.2f} GB, but only {SPARE:.0%} of the "
+                           f"{free / 1e9:.2f} GB free there may be used; pass --resident {'host' if place == 'device' else 'disk'}")
+        if asked == place or (asked is None and fits):
+            return place
+    return "disk"
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return the bytes free on a device, or in host memory; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+
+
+class Split(NamedTuple):
+    """Frames to train or to validate on: all or some of a feature folder."""
+
+    folder: FeatureFolder
+    features: Features
+    masks: Rows  # uint8 [N, H, ceil(W / 8)] of the whole folder
+    index: torch.Tensor  # int64 [n], the frames that count, in host memory
+
+
+def load_split(folder: FeatureFolder, levels: list[str], device: torch.device, resident: str, verify: bool) -> Split:
+    """Load a feature folder and its masks whole to where `resident` says."""
+    return Split(folder, load_features(folder, levels, device, resident, verify), load_masks(folder, device, resident, verify),
+                 torch.arange(folder.frames))
+
+
+def select(split: Split, index: np.ndarray) -> Split:
+    """The same folder, but only the frames of `index`."""
+    return split._replace(index=torch.from_numpy(index))
+
+
+# --- batches -----------------------------------------------------------------------------------
+
+
+Cells = tuple[torch.Tensor, torch.Tensor]  # the grid row of every pixel row, int64 [H], and column of every pixel column [W]
+
+
+def batches(split: Split, orders: Iterable[np.ndarray], cells: Cells) -> Iterator[tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]]:
+    """Yield what a step needs for each batch of `orders` (positions in split.index, int64 [B]).
+
+    That is: the frames' indices [B], their levels, float32 [B, C, h, w] each, and their targets, the share of
+    foreground in each of the decoder's cells, float32 [B, gh, gw]. On the device, targets are pooled once for
+    all frames; otherwise for each batch, in a thread that is one batch ahead.
+    """
+    device, size = split.features.device, split.folder.size
+    if isinstance(split.masks, torch.Tensor) and split.masks.device == device:
+        frames, targets = split.index.to(device), pool_masks(split.masks, split.index, size, cells).to(device)
+        for order in orders:
+            position = torch.from_numpy(order).to(device, non_blocking=True)
+            yield frames[position], split.features.batch(frames[position]), targets[position]
+    else:
+        def read(order: np.ndarray) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+            index = split.index[torch.from_numpy(order)]
+            return index.to(device), split.features.batch(index), pool_masks(split.masks, index, size, cells).to(device)
+        yield from in_threads(read, orders, threads=1, ahead=2)
+
+
+def pool_masks(masks: Rows, index: torch.Tensor, size: tuple[int, int], cells: Cells) -> torch.Tensor:
+    """Return the share of foreground in every cell of a grid, float32 [n, gh, gw] in 0..1, in host memory.
+
+    masks: uint8 [N, H, ceil(W / 8)], packed along W; index: int64 [n], the frames wanted; size: (H, W);
+    cells: each pixel row's grid row, never falling, and each pixel column's grid column. Counts are exact.
+    """
+    (_, width), (rows, columns) = size, cells
+    starts = torch.searchsorted(rows, torch.arange(int(rows[-1]) + 2))  # first pixel row of each grid row, and H
+    column_sums = torch.nn.functional.one_hot(columns).float()  # [W, gw]
+    area = starts.diff()[:, None].float() * column_sums.sum(0)  # [gh, gw] pixels a cell
+    bounds = list(zip(starts[:-1].tolist(), starts[1:].tolist()))
+    pooled = torch.empty(len(index), len(bounds), column_sums.shape[1])
+    for first, part in zip(range(0, len(index), 32), index.split(32)):
+        bits = np.unpackbits(gather(masks, part, torch.device("cpu")).numpy(), axis=2, count=width)  # [n, H, W]
+        few = max(stop - start for start, stop in bounds) < 256  # then a cell's column sums fit a byte: faster
+        sums = np.stack([np.add.reduce(bits[:, start:stop], axis=1, dtype=np.uint8 if few else np.uint32)
+                         for start, stop in bounds], axis=1)  # [n, gh, W]
+        pooled[first:first + 32] = torch.from_numpy(sums.astype(np.float32)) @ column_sums / area
+    return pooled
+
+
+def batch_order(step: int, frames: int, batch: int, seed: int | None) -> np.ndarray:
+    """Return the frame indices of one training batch, int64 [B] (the last of an epoch may be shorter).
+
+    An epoch passes over all `frames` once: in order when `seed` is None, else in an order drawn for that
+    epoch. A function of its arguments alone, so that a resumed run sees the same batches.
+    """
+    epoch, position = divmod(step, -(-frames // batch))
+    order = np.arange(frames) if seed is None else np.random.default_rng((seed, epoch)).permutation(frames)
+    return order[position * batch:(position + 1) * batch]
+
+
+def split_clips(clips: list[str], share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Part frames by whole clips: returns (kept, held out) frame indices, int64.
+
+    share: of the clips held out, in 0..1, at least one clip and never all; chosen by `seed`.
+    """
+    names = sorted(set(clips))
+    count = min(max(1, round(share * len(names))), len(names) - 1)
+    held = set(np.random.default_rng(seed).permutation(names)[:count])
+    out = np.array([clip in held for clip in clips])
+    return np.flatnonzero(~out), np.flatnonzero(out)
+
+
+def fold_clips(clips: list[str], folds: int, seed: int) -> list[np.ndarray]:
+    """Part frames by whole clips into `folds` about equal groups of clips: returns each group's frame indices, int64.
+
+    Raises BadInput when there are fewer clips than folds, or fewer than two folds.
+    """
+    names = sorted(set(clips))
+    if not 2 <= folds <= len(names):
+        raise BadInput(f"--folds {folds}: expected from 2 up to the number of clips, {len(names)}")
+    groups = np.array_split(np.random.default_rng(seed).permutation(names), folds)
+    return [np.flatnonzero(np.isin(clips, group)) for group in groups]
