@@ -113,7 +113,7 @@ def jpeg_uri(image: np.ndarray, quality: int = 80) -> str:
 def check_video(kind: str) -> None:
     """Raise BadInput when this machine cannot write videos of `kind`, one of VIDEO_KINDS. Call it before long work."""
     if kind == "mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
-        raise BadInput("--video mp4: needs imageio's ffmpeg plugin, which is not installed; pip install imageio-ffmpeg, or pass --video gif")
+        raise BadInput("--video mp4: imageio's ffmpeg plugin is not installed; pip install imageio-ffmpeg, or pass --video gif")
 
 
 def write_video(path: Path, images: Iterable[np.ndarray], fps: float, kind: str) -> None:
@@ -230,13 +230,19 @@ def curves(rows: Sequence[dict], title: str = "Training") -> str:
         panels.append(draw_panel("Validation IoU", "iou", ious, [0, 0.2, 0.4, 0.6, 0.8, 1], steps, 40 + PANEL + 50))
     bottom = 40 + len(panels) * (PANEL + 50) - 50
     height = bottom + 70
-    labels = "".join(
-        f'<text x="{place(step, steps, LEFT, WIDTH - RIGHT):.1f}" y="{bottom + 20}" text-anchor="middle">{step:g}'
-        f'<tspan x="{place(step, steps, LEFT, WIDTH - RIGHT):.1f}" dy="18">{seconds_at(step, rows)}</tspan></text>' for step in steps)
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" role="img" '
-            f'aria-labelledby="title desc">\n<title id="title">{html.escape(title)}</title>\n'
-            f'<desc id="desc">{describe(losses, "Loss")} {describe(ious, "Validation IoU")}</desc>\n<style>\n{CURVES_STYLE}\n</style>\n'
-            + "\n".join(panels) + f'\n{labels}\n<text x="{LEFT}" y="{height - 10}">step{", and the time since the start" if series(rows, "seconds") else ""}</text>\n</svg>\n')
+    across = [place(step, steps, LEFT, WIDTH - RIGHT) for step in steps]
+    labels = "".join(step_label(x, bottom + 20, f"{step:g}", seconds_at(step, rows)) for x, step in zip(across, steps))
+    caption = "step, and the time since the start" if series(rows, "seconds") else "step"
+    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" role="img"
+  aria-labelledby="title desc">
+<title id="title">{html.escape(title)}</title>
+<desc id="desc">{describe(losses, "Loss")} {describe(ious, "Validation IoU")}</desc>
+<style>
+{CURVES_STYLE}
+</style>
+{"".join(panels)}{labels}<text x="{LEFT}" y="{height - 10}">{caption}</text>
+</svg>
+"""
 
 
 def series(rows: Sequence[dict], key: str) -> list[tuple[float, float]]:
@@ -260,17 +266,24 @@ def place(value: float, scale: Sequence[float], start: float, end: float) -> flo
 
 def draw_panel(title: str, kind: str, points: list[tuple[float, float]], values: list[float], steps: list[float], top: int) -> str:
     """Return SVG of one chart: `points` (step, value) over ticks `values` up and `steps` across, its top edge at `top`."""
-    bottom = top + PANEL
-    parts = [f'<text class="title" x="{LEFT}" y="{top - 14}">{title}</text>']
+    bottom, right = top + PANEL, WIDTH - RIGHT
+    parts = [f'<text class="title" x="{LEFT}" y="{top - 14}">{title}</text>\n']
     for value in values:
         y = place(value, values, bottom, top)
-        parts.append(f'<line class="{"axis" if value == values[0] else "grid"}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-                     f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
-    places = [(place(step, steps, LEFT, WIDTH - RIGHT), place(value, values, bottom, top)) for step, value in points]
-    parts.append(f'<polyline class="{kind}" style="fill: none" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}"/>')
+        kind_of_line = "axis" if value == values[0] else "grid"
+        parts.append(f'<line class="{kind_of_line}" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
+                     f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>\n')
+    places = [(place(step, steps, LEFT, right), place(value, values, bottom, top)) for step, value in points]
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    parts.append(f'<polyline class="{kind}" style="fill: none" points="{line}"/>\n')
     if len(places) <= 40:  # few enough to tell apart
-        parts += [f'<circle class="{kind}" r="3" cx="{x:.1f}" cy="{y:.1f}"/>' for x, y in places]
-    return "\n".join(parts)
+        parts += [f'<circle class="{kind}" r="3" cx="{x:.1f}" cy="{y:.1f}"/>\n' for x, y in places]
+    return "".join(parts)
+
+
+def step_label(x: float, y: float, step: str, seconds: str) -> str:
+    """Return SVG of a tick's label below a chart: the step, and under it the time."""
+    return f'<text x="{x:.1f}" y="{y}" text-anchor="middle">{step}<tspan x="{x:.1f}" dy="18">{seconds}</tspan></text>\n'
 
 
 def seconds_at(step: float, rows: Sequence[dict]) -> str:
@@ -287,4 +300,5 @@ def describe(points: list[tuple[float, float]], name: str) -> str:
     if not points:
         return f"{name}: not measured."
     (first, start), (last, end) = points[0], points[-1]
-    return f"{name}: {start:.3g} at step {first:g}, {end:.3g} at step {last:g}; lowest {min(p[1] for p in points):.3g}, highest {max(p[1] for p in points):.3g}."
+    values = [value for _, value in points]
+    return f"{name}: {start:.3g} at step {first:g}, {end:.3g} at step {last:g}; lowest {min(values):.3g}, highest {max(values):.3g}."

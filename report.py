@@ -29,36 +29,66 @@ PAGE = Template("""<!DOCTYPE html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <title>$title</title>
 <style>
-:root { color-scheme: light dark; --paper: #fff; --ink: #1b1b1b; --quiet: #595959; --rule: #d6d6d6; --band: #f3f5f7; --line: #0072b2; --link: #00598c }
+:root {
+  color-scheme: light dark;
+  --paper: #fff; --ink: #1b1b1b; --quiet: #595959; --rule: #d6d6d6; --band: #f3f5f7; --line: #0072b2; --link: #00598c
+}
 @media (prefers-color-scheme: dark) {
   :root { --paper: #161616; --ink: #ececec; --quiet: #b0b0b0; --rule: #404040; --band: #222628; --line: #56b4e9; --link: #7cc7f2 }
 }
 * { box-sizing: border-box }
 body { margin: 0 auto; max-width: 1280px; padding: 1rem clamp(.75rem, 3vw, 2rem) 3rem; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
-h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0 1rem } h2 { font-size: 1.25rem; margin: 2rem 0 .5rem } h3 { font-size: 1.05rem; margin: 1.5rem 0 .5rem }
-a { color: var(--link) } :focus-visible { outline: 3px solid var(--line); outline-offset: 2px }
+h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0 1rem }
+h2 { font-size: 1.25rem; margin: 2rem 0 .5rem }
+h3 { font-size: 1.05rem; margin: 1.5rem 0 .5rem }
+h3 span { font-weight: 400 }
+a { color: var(--link) }
+:focus-visible { outline: 3px solid var(--line); outline-offset: 2px }
 .quiet { color: var(--quiet); margin: .25rem 0 .75rem }
-dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .25rem 1rem; margin: 0 } dt { color: var(--quiet) } dd { margin: 0 }
-code { font: .875rem/1.5 ui-monospace, monospace } code span { white-space: nowrap }
+
+dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .25rem 1rem; margin: 0 }
+dt { color: var(--quiet) }
+dd { margin: 0 }
+code { font: .875rem/1.5 ui-monospace, monospace }
+code span { white-space: nowrap }
+
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .75rem; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap }
-th:first-child, #clips th:last-child { text-align: left } th:first-child { padding-left: .25rem } thead th { vertical-align: bottom } tbody th { font-weight: 400 }
-#clips { width: 100% } #clips tbody th { position: sticky; left: 0; background: var(--paper) } #clips tbody tr:hover > * { background: var(--band) }
-#clips th button { font: inherit; font-weight: 600; color: inherit; background: none; border: 0; padding: .25rem 0; cursor: pointer; white-space: nowrap }
-#clips th button::after { content: "\\2195"; display: inline-block; width: 1em; text-align: center; color: var(--quiet) }
-#clips th[aria-sort=ascending] button::after { content: "\\2191"; color: inherit } #clips th[aria-sort=descending] button::after { content: "\\2193"; color: inherit }
-.spark { display: block; width: 160px; height: 32px } .spark polyline { fill: none; stroke: var(--line); stroke-width: 1.5; vector-effect: non-scaling-stroke }
+th:first-child, #clips th:last-child { text-align: left }
+th:first-child { padding-left: .25rem }
+tbody th { font-weight: 400 }
+#clips { width: 100% }
+#clips tbody th { position: sticky; left: 0; background: var(--paper) }
+#clips tbody tr:hover > * { background: var(--band) }
+#clips button { font: inherit; color: inherit; background: none; border: 0; padding: .25rem 0; cursor: pointer; white-space: nowrap }
+#clips button::after { content: "\\2195"; display: inline-block; width: 1em; text-align: center; color: var(--quiet) }
+#clips [aria-sort=ascending] button::after { content: "\\2191"; color: inherit }
+#clips [aria-sort=descending] button::after { content: "\\2193"; color: inherit }
+.spark { display: block; width: 160px; height: 32px }
+.spark polyline { fill: none; stroke: var(--line); stroke-width: 1.5; vector-effect: non-scaling-stroke }
 .spark line { stroke: var(--rule); vector-effect: non-scaling-stroke }
+
 .frames { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr)); gap: 1rem }
-figure { margin: 0 } img { display: block; width: 100%; height: auto; border-radius: 4px } figcaption { padding-top: .25rem } figcaption span { color: var(--quiet) } h3 span { font-weight: 400 }
-.legend { display: inline-block; margin-right: 1rem } .legend span { display: inline-block; width: 1.4em; height: .9em; vertical-align: -.05em }
-.fill { background: #0072b2 } .outline { border: 3px solid #e69f00; outline: 1px solid #000; outline-offset: -4px }
-@media (max-width: 480px) { dl { display: block } dd { margin-bottom: .5rem } th, td { padding: .3rem .45rem } }
+figure { margin: 0 }
+img { display: block; width: 100%; height: auto; border-radius: 4px }
+figcaption { padding-top: .25rem }
+figcaption span { color: var(--quiet) }
+.legend { display: inline-block; margin-right: 1rem }
+.legend span { display: inline-block; width: 1.4em; height: .9em; vertical-align: -.05em }
+.fill { background: #0072b2 }
+.outline { border: 3px solid #e69f00; outline: 1px solid #000; outline-offset: -4px }
+
+@media (max-width: 480px) {
+  dl { display: block }
+  dd { margin-bottom: .5rem }
+  th, td { padding: .3rem .45rem }
+}
 </style>
 </head>
 <body>
@@ -74,7 +104,8 @@ $frames
 </main>
 <script>
 "use strict";
-// Sorts the table of clips: the first press of a heading puts the lowest first, the next the highest. Clips without a value stay last.
+// Sorts the table of clips: the first press of a heading puts the lowest first, the next the highest.
+// Clips without a value stay last.
 for (const button of document.querySelectorAll("#clips th button")) button.addEventListener("click", () => {
   const heading = button.parentElement, body = document.querySelector("#clips tbody");
   const order = heading.getAttribute("aria-sort") === "ascending" ? "descending" : "ascending";
@@ -140,10 +171,11 @@ def overall_table(scores: dict) -> str:
     for letter, meaning in (("J", "region"), ("F", "boundary")):
         cells = "".join(f"<td>{number(scores.get(f'{letter}_{kind}'))}</td>" for kind in ("mean", "recall", "decay"))
         lines.append(f'<tr><th scope="row">{letter}, {meaning}</th>{cells}</tr>')
-    return ('<h2>Scores</h2>\n<p class="quiet">Mean IoU is the contest’s, over frames. J and F are means over clips. Recall: the share of frames above 0.5. '
-            f"Decay: how much is lost from a clip’s first quarter to its last. Protocol: {protocol}; {scores.get('frames', NONE)} frames.</p>\n"
-            '<table><thead><tr><th scope="col">Measure</th><th scope="col">Mean</th><th scope="col">Recall</th><th scope="col">Decay</th></tr></thead>\n'
-            "<tbody>\n" + "\n".join(lines) + "\n</tbody></table>\n")
+    headings = "".join(f'<th scope="col">{name}</th>' for name in ("Measure", "Mean", "Recall", "Decay"))
+    return ('<h2>Scores</h2>\n<p class="quiet">Mean IoU is the contest’s, over frames. J and F are means over clips. '
+            "Recall: the share of frames above 0.5. Decay: how much is lost from a clip’s first quarter to its last. "
+            f"Protocol: {protocol}; {scores.get('frames', NONE)} frames.</p>\n"
+            f"<table><thead><tr>{headings}</tr></thead>\n<tbody>\n" + "\n".join(lines) + "\n</tbody></table>\n")
 
 
 def clip_table(scores: dict, clips: dict[str, list[dict]]) -> str:
@@ -153,11 +185,14 @@ def clip_table(scores: dict, clips: dict[str, list[dict]]) -> str:
     for position, (clip, rows) in enumerate(clips.items()):
         values = [scores["per_clip"].get(clip, {}).get(key) for key in COLUMNS]
         cells = "".join(f'<td data-value="{float(value) if known(value) else ""}">{number(value)}</td>' for value in values)
-        name = html.escape(clip)
-        lines.append(f'<tr><th scope="row" data-value="{name}"><a href="#clip-{position}">{name}</a></th>{cells}<td>{sparkline([row.get("J") for row in rows])}</td></tr>')
-    return ('<h2 id="about-clips">Clips</h2>\n<p class="quiet">Press a heading to sort by it. A clip’s name leads to its frames.</p>\n'
-            '<div class="scroll" role="region" aria-labelledby="about-clips" tabindex="0">\n<table id="clips" aria-labelledby="about-clips">'
-            f'<thead><tr>{headings}<th scope="col">J, frame by frame</th></tr></thead>\n<tbody>\n' + "\n".join(lines) + "\n</tbody></table>\n</div>\n")
+        name, line = html.escape(clip), sparkline([row.get("J") for row in rows])
+        lines.append(f'<tr><th scope="row" data-value="{name}"><a href="#clip-{position}">{name}</a></th>{cells}<td>{line}</td></tr>')
+    return ('<h2 id="about-clips">Clips</h2>\n'
+            '<p class="quiet">Press a heading to sort by it. A clip’s name leads to its frames.</p>\n'
+            '<div class="scroll" role="region" aria-labelledby="about-clips" tabindex="0">\n'
+            '<table id="clips" aria-labelledby="about-clips">\n'
+            f'<thead><tr>{headings}<th scope="col">J, frame by frame</th></tr></thead>\n'
+            "<tbody>\n" + "\n".join(lines) + "\n</tbody></table>\n</div>\n")
 
 
 def sparkline(values: Sequence[float | None]) -> str:
@@ -173,7 +208,8 @@ def sparkline(values: Sequence[float | None]) -> str:
             runs.append([])
     lines = "".join(f'<polyline points="{" ".join(run if len(run) > 1 else run * 2)}"/>' for run in runs if run)
     return (f'<svg class="spark" viewBox="0 0 {len(values)} 32" preserveAspectRatio="none" role="img" '
-            f'aria-label="J of {len(values)} frames, from {min(there):.2f} to {max(there):.2f}"><line x1="0" x2="{len(values)}" y1="16" y2="16"/>{lines}</svg>')
+            f'aria-label="J of {len(values)} frames, from {min(there):.2f} to {max(there):.2f}">'
+            f'<line x1="0" x2="{len(values)}" y1="16" y2="16"/>{lines}</svg>')
 
 
 def choose_frames(rows: Sequence[dict]) -> Iterator[tuple[str, dict]]:
@@ -183,15 +219,18 @@ def choose_frames(rows: Sequence[dict]) -> Iterator[tuple[str, dict]]:
     """
     scored = sorted((row for row in rows if known(row.get("iou"))), key=lambda row: row["iou"])
     words, chosen = (("Worst", "Median", "Best"), scored) if scored else (("First", "Middle", "Last"), list(rows))
-    places = {0: words[0], len(chosen) - 1: words[2], len(chosen) // 2: words[1]} if len(chosen) > 2 else dict(zip(range(len(chosen)), (words[0], words[2])))
-    for place in sorted(places):
-        yield places[place], chosen[place]
+    yield words[0], chosen[0]
+    if len(chosen) > 2:
+        yield words[1], chosen[len(chosen) // 2]
+    if len(chosen) > 1:
+        yield words[2], chosen[-1]
 
 
 def clip_section(position: int, clip: str, rows: Sequence[dict], picture: Callable[[int], np.ndarray]) -> str:
     """Return a clip's heading and its pictures."""
     figures = [figure(word, clip, row, picture(row["index"])) for word, row in choose_frames(rows)]
-    return (f'<section aria-labelledby="clip-{position}">\n<h3 id="clip-{position}">{html.escape(clip)} <span class="quiet">{len(rows)} frames</span></h3>\n'
+    return (f'<section aria-labelledby="clip-{position}">\n'
+            f'<h3 id="clip-{position}">{html.escape(clip)} <span class="quiet">{len(rows)} frames</span></h3>\n'
             '<div class="frames">\n' + "\n".join(figures) + "\n</div>\n</section>")
 
 

@@ -202,7 +202,7 @@ def main() -> None:
     args = parse()
     height, width = args.size
     write_dataset(args.out, args.clips, args.val_clips, args.frames, height, width, args.seed, args.overwrite)
-    print(f"wrote {args.out}: {args.clips} clips to train on, {args.val_clips} to validate on, {args.frames} frames of {height}x{width} each")
+    print(f"wrote {args.out}: {args.clips} clips to train on, {args.val_clips} to validate on, {args.frames} frames each, {height}x{width}")
     print(f"next: python featurize.py --data {args.out} --split train --featurizer efficientnet_lite0")
 
 

@@ -211,8 +211,13 @@ def test_curves_says_in_words_what_it_draws():
     assert "0.7 at step 0" in described and "0.25 at step 9" in described and "IoU: 0.5 at step 9" in described
 
 
-@pytest.mark.parametrize("rows", [[], [{"step": 0, "loss": 0.7}], [{"step": 0, "loss": 0.0}, {"step": 1, "loss": 0.0}], [{"step": 3, "val_iou": 0.1}],
-                                  [{"step": 0, "loss": -0.5}, {"step": 7, "loss": 1e6}]])
+@pytest.mark.parametrize("rows", [
+    [],
+    [{"step": 0, "loss": 0.7}],
+    [{"step": 0, "loss": 0.0}, {"step": 1, "loss": 0.0}],
+    [{"step": 3, "val_iou": 0.1}],
+    [{"step": 0, "loss": -0.5}, {"step": 7, "loss": 1e6}],
+])
 def test_curves_of_little_or_odd_data_stay_inside_the_drawing(rows):
     svg = drawing(rows)
     height = float(svg.get("height"))
