@@ -312,9 +312,17 @@ def test_an_offline_run_is_uploaded_by_the_advice_it_gives(tmp_path, server):
 def sync(*arguments):
     """Run `wandb sync` as a user would."""
     wandb.teardown()
-    command = [sys.executable, "-m", "wandb", "sync", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    wandb_command("sync", *arguments)
+
+
+def wandb_command(*arguments):
+    """Run the client's command line to its end, with its own log under WANDB_DIR too; return what it printed."""
+    own = Path(os.environ["WANDB_DIR"]).parent
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(own), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = [sys.executable, "-m", "wandb", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 # Online, against the server.
@@ -564,3 +572,29 @@ def test_a_sweep_agent_calls_train_with_flags_it_has():
     done = subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True, timeout=60)
     flags = set(done.stdout.replace(",", " ").split())
     assert {argument.partition("=")[0] for argument in called} <= flags, done.stdout + done.stderr
+
+
+STAND_IN = """
+import argparse, tracking
+parser = argparse.ArgumentParser()
+parser.add_argument("--lr", type=float)
+parser.add_argument("--batch-size", type=int)
+tracking.add_tracking_flags(parser)
+args = parser.parse_args()
+with tracking.start(tracking.from_flags(args), "train", vars(args)) as tracker:
+    tracker.log(0, {"val_iou": args.lr * args.batch_size})
+"""
+
+
+def test_a_sweep_runs_online_with_the_agents_flags(tmp_path, server):
+    """The real `wandb sweep` and `wandb agent` drive a script that takes flags and logs as train.py does."""
+    if not (Path(sys.executable).parent / "python").exists():
+        pytest.skip("the agent runs `python`, which is not beside this interpreter")
+    (tmp_path / "train.py").write_text(STAND_IN)
+    server.planned = [{"lr": 0.25, "batch-size": 2}]
+    wandb_command("sweep", "--project", "davis", ROOT / "sweep.yaml")
+    printed = wandb_command("agent", "--count", "1", f"{ENTITY}/davis/sweep0")
+    assert "planned0" in server.runs, printed
+    run = server.runs["planned0"]
+    assert (run["sweep"], run["exit"], run["history"][0]["val_iou"]) == ("sweep0", 0, 0.5), printed
+    assert run["config"]["lr"] == 0.25 and run["config"]["batch_size"] == 2

@@ -36,6 +36,7 @@ class WandbServer:
     def __init__(self):
         self.key, self.failing = KEY, {}
         self.runs, self.artifacts, self.files = {}, {}, {}
+        self.sweep, self.planned = None, []
         self.operations, self.unknown, self.keys = [], [], {"graphql": set(), "files": set(), "storage": set()}
         self.lock = threading.Lock()
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"server_state": self}))
@@ -117,6 +118,7 @@ class WandbServer:
         run = self.runs.setdefault(name, {"project": project, "config": {}, "history": [], "summary": {}, "uses": [], "exit": None})
         run["config"].update({key: item["value"] for key, item in json.loads(v.get("config") or "{}").items()})
         run["job_type"] = v.get("jobType") or run.get("job_type")
+        run["sweep"] = v.get("sweep") or run.get("sweep")
         owner = {"id": run["project"], "name": run["project"], "entity": {"id": ENTITY, "name": ENTITY}}
         return {"upsertBucket": {"inserted": True, "bucket": {
             "id": name, "name": name, "displayName": v.get("displayName") or name, "description": "", "config": "{}",
@@ -215,6 +217,28 @@ class WandbServer:
                  for path, entry in self.entries(artifact).items()]
         files = {"pageInfo": {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}, "edges": edges}
         return {"project": {"artifactCollection": {"__typename": "ArtifactSequence", "artifactMembership": {"files": files}}}}
+
+    # Sweeps: one at a time, whose agent is given the runs that a test put in `planned`.
+
+    def do_UpsertSweep(self, v):
+        self.sweep = {"id": "sweep0", "name": "sweep0", "config": v["config"], "state": "RUNNING", "method": "grid",
+                      "runs": {"edges": []}}
+        project = {"id": "davis", "name": "davis", "entity": {"id": ENTITY, "name": ENTITY}}
+        return {"upsertSweep": {"sweep": {"name": "sweep0", "project": project}, "configValidationWarnings": []}}
+
+    def do_SweepWithRuns(self, _):
+        return {"project": {"sweep": self.sweep}}
+
+    def do_CreateAgent(self, _):
+        return {"createAgent": {"agent": {"id": "agent0"}}}
+
+    def do_Heartbeat(self, _):
+        commands = [{"type": "exit"}]
+        if self.planned:
+            values = {name: {"value": value} for name, value in self.planned.pop(0).items()}
+            program = re.search(r"^program: (\S+)", self.sweep["config"], re.MULTILINE).group(1)
+            commands = [{"type": "run", "run_id": f"planned{len(self.planned)}", "program": program, "args": values}]
+        return {"agentHeartbeat": {"agent": {"id": "agent0"}, "commands": json.dumps(commands)}}
 
     def file_stream(self, run_id, body):
         """Take one file-stream message: history rows, the summary, and at the end the exit code."""
