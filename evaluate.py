@@ -79,6 +79,10 @@ class Source(NamedTuple):
     sizes: list[tuple[int, int]]  # (H, W) of every frame
     masks: torch.Tensor | None  # packed, of the whole feature folder; None: read each from its annotation, if it has one
 
+    @property
+    def annotated(self) -> bool:
+        return self.masks is not None or self.frames[0].annotation is not None
+
     def mask(self, index: int) -> np.ndarray | None:
         """Return the mask of one frame, packed uint8 [H, ceil(W / 8)], at the frame's own size; None without one."""
         if self.masks is not None:
@@ -113,9 +117,11 @@ def featurize(frames: list[clips.Frame], sizes: list[tuple[int, int]], model: di
     total = len(frames) * sum(math.prod(shapes[level]) for level in levels) * 2
     print(f"featurizing {len(frames)} frames at {size[1]} x {size[0]}: {total / 1e6:,.0f} MB of features in memory")
     images = clips.read_images(frames, args.threads or os.cpu_count() or 2)
-    maps = featurizers.run_featurizer(featurizer.to(device), images, args.batch_size, size, device)
-    parts = [[level.half() for name, level in zip(featurizer.levels, batch) if name in levels]
-             for batch in progress(maps, "featurize", -(-len(frames) // args.batch_size))]
+    featurizer.to(device)
+    parts = []
+    for _ in progress(range(0, len(frames), args.batch_size), "featurize"):
+        batch = featurizers.run_featurizer(featurizer, list(itertools.islice(images, args.batch_size)), size, device)
+        parts.append([level.half() for name, level in zip(featurizer.levels, batch) if name in levels])
     decoder = models.rebuild(model, decoder.state_dict(), {level: shapes[level] for level in levels}, size).to(device)
     return decoder, resident.Features([torch.cat(level) for level in zip(*parts)], device)
 
@@ -258,30 +264,38 @@ def main() -> None:
         decoder_name, files = model["decoder"], None
 
     command = f"python {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}"
-    with whole_folder(out, args.overwrite) as folder:
-        outputs = files or [folder / "outputs" / f"{index:05d}.png" for index in range(len(source.frames))]
-        if files is None:
-            (folder / "outputs").mkdir()
-            write_json(folder / "paths.json", {"output": data.as_column([f"outputs/{file.name}" for file in outputs])})
-        write_json(folder / "metadata.json", metadata)
-        rows = list(clips.in_threads(
-            lambda item: finish_frame(item[1], item[0], source, None if files else outputs[item[0]]),
-            enumerate(progress(pixels, "predict", len(source.frames))), threads, ahead=64))
-        summary = write_scores(folder, rows, args.protocol) if "iou" in rows[0] else None
-        if not args.no_pictures:
-            write_pictures(folder, source, outputs, rows, summary, {**metadata, "command": command}, args.video)
-        with tracking.start(account, "val-eval" if summary else "run-test", {"command": command}) as tracker:
-            for name in used:
-                tracker.use(name)
-            tracker.summary({"nparams": metadata.get("nparams")})
-            if summary is not None:
-                table = [(outputs[row["index"]], np.unpackbits(source.mask(row["index"]), axis=1, count=source.sizes[row["index"]][1]) * 255,
-                          -1.0 if row["iou"] is None else row["iou"]) for row in rows if tracker.run]
-                tracking.log_scores(tracker, decoder_name, args.split or "val", table, summary)
+    job = "val-eval" if source.annotated else "run-test"
+    with tracking.start(account, job, {"command": command}) as tracker:
+        for name in used:
+            tracker.use(name)
+        with whole_folder(out, args.overwrite) as folder:
+            outputs = files or [folder / "outputs" / f"{index:05d}.png" for index in range(len(source.frames))]
+            if files is None:
+                (folder / "outputs").mkdir()
+                write_json(folder / "paths.json", {"output": data.as_column([f"outputs/{file.name}" for file in outputs])})
+            write_json(folder / "metadata.json", metadata)
+            numbered = enumerate(progress(pixels, "predict", len(source.frames)))
+            rows = list(clips.in_threads(lambda item: finish_frame(item[1], item[0], source, None if files else outputs[item[0]]),
+                                         numbered, threads, ahead=64))
+            summary = write_scores(folder, rows, args.protocol) if source.annotated else None
+            if not args.no_pictures:
+                write_pictures(folder, source, outputs, rows, summary, {**metadata, "command": command}, args.video)
+            if tracker.run:
+                log_to_tracker(tracker, decoder_name, args.split or "val", source, outputs, rows, summary, metadata)
     print_scores(summary)
     print(f"wrote {out}: {len(source.frames)} frames" + ("" if args.no_pictures else f"; open {out / 'report.html'}"))
     if not args.predictions:
         print(f"next: python package.py --results {out}")
+
+
+def log_to_tracker(tracker: tracking.Tracker, decoder: str, split: str, source: Source, outputs: list[Path], rows: list[dict],
+                   scores: dict | None, metadata: dict) -> None:
+    """Log the parameter count, and with annotations the scores and the contest's table of outputs and targets."""
+    tracker.summary({"nparams": metadata.get("nparams")})
+    if scores is not None:
+        masks = (np.unpackbits(source.mask(row["index"]), axis=1, count=source.sizes[row["index"]][1]) * 255 for row in rows)
+        table = [(outputs[row["index"]], mask, -1.0 if row["iou"] is None else row["iou"]) for row, mask in zip(rows, masks)]
+        tracking.log_scores(tracker, decoder, split, table, scores)
 
 
 def default_name(path: Path, model: dict) -> str:
