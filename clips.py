@@ -311,8 +311,9 @@ def check_frame(frame: Frame) -> tuple[int, int]:
 def read_images(frames: list[Frame], threads: int = 2, ahead: int = 64) -> Iterator[np.ndarray]:
     """Yield every frame as uint8 [H, W, 3], in order, decoded by `threads` threads at most `ahead` frames early."""
     if frames and frames[0].number is not None:  # a video only decodes forwards
-        first = frames[0].number
-        yield from itertools.islice(read_video(frames[0].image), first, first + len(frames))
+        wanted = {frame.number for frame in frames}  # rising, maybe with gaps: what an earlier run did is left out
+        images = itertools.islice(read_video(frames[0].image), max(wanted) + 1)
+        yield from (image for number, image in enumerate(images) if number in wanted)
     else:
         yield from in_threads(lambda frame: read_image(frame.image), frames, threads, ahead)
 
