@@ -15,6 +15,7 @@ import math
 import os
 import shlex
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -274,15 +275,18 @@ def main() -> None:
                 (folder / "outputs").mkdir()
                 write_json(folder / "paths.json", {"output": data.as_column([f"outputs/{file.name}" for file in outputs])})
             write_json(folder / "metadata.json", metadata)
+            started = time.perf_counter()
             numbered = enumerate(progress(pixels, "predict", len(source.frames)))
             rows = list(clips.in_threads(lambda item: finish_frame(item[1], item[0], source, None if files else outputs[item[0]]),
                                          numbered, threads, ahead=64))
+            seconds = time.perf_counter() - started
             summary = write_scores(folder, rows, args.protocol) if source.annotated else None
             if not args.no_pictures:
                 write_pictures(folder, source, outputs, rows, summary, {**metadata, "command": command}, args.video)
             if tracker.run:
                 log_to_tracker(tracker, decoder_name, args.split or "val", source, outputs, rows, summary, metadata)
     print_scores(summary)
+    print(f"seconds: predict, write and score {seconds:.3f} ({len(rows) / seconds:,.0f} frames/s)")
     print(f"wrote {out}: {len(source.frames)} frames" + ("" if args.no_pictures else f"; open {out / 'report.html'}"))
     if not args.predictions:
         print(f"next: python package.py --results {out}")
