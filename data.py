@@ -142,6 +142,8 @@ def folder_frames(folder: FeatureFolder, root: Path | None = None) -> list[Frame
     """Return where the frames and annotations of a feature folder are, below `root` (None: where they were featurized)."""
     meta, root = folder.meta, Path(root or folder.meta["data"])
     listed_in = folder.path / "paths.json"
+    if root.is_file():  # a video
+        return [Frame(clip, name, root, None, number) for number, (clip, name) in enumerate(zip(meta["clips"], meta["names"]))]
     columns = folder.paths["raw"], folder.paths.get("annotation", [None] * folder.frames)
     return [Frame(clip, name, inside(root, raw, listed_in), annotation and inside(root, annotation, listed_in))
             for clip, name, raw, annotation in zip(meta["clips"], meta["names"], *columns)]

@@ -10,7 +10,7 @@ scores.json, frames.csv, report.html; overlay videos of the clips in overlays/.
 import argparse
 import csv
 import io
-import json
+import itertools
 import math
 import os
 import shlex

@@ -16,9 +16,12 @@ import torch
 
 import clips
 import data
+import distributed
+import tracking
 from cli import Parser, add_run_flags, choose_device, positive_int, progress, run
+from distributed import Group
 from featurizers import FEATURIZERS, Featurizer, build_featurizer, choose_compute, run_featurizer, weights_digest
-from files import BadInput, refuse_existing
+from files import BadInput, plain, refuse_existing
 from models import count_flops, count_parameters
 from partial import PartialFolder
 
@@ -26,8 +29,8 @@ from partial import PartialFolder
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     group = parser.add_argument_group("data")
-    group.add_argument("--data", type=Path, required=True,
-                       help="a DAVIS root, a contest folder with paths.json, a folder of frames, or a video file")
+    group.add_argument("--data", required=True,
+                       help="a DAVIS root, a contest folder with paths.json, a folder of frames, a video file, or wandb:...")
     group.add_argument("--split", default=None, help="the split of a DAVIS root, e.g. train (its ImageSets name it)")
     group.add_argument("--limit", type=positive_int, default=None, help="only the first N frames (default: all)")
     group.add_argument("--size", type=parse_size, default=None, metavar="HxW",
@@ -43,6 +46,7 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--compute", choices=["auto", "float32", "bfloat16"], default="auto",
                        help="arithmetic of the network (default: bfloat16 where the device is fast at it)")
     group.add_argument("--batch-size", type=positive_int, default=8, help="frames at a time (default: 8)")
+    tracking.add_tracking_flags(parser)
     add_run_flags(parser)
     return parser.parse_args()
 
@@ -58,7 +62,7 @@ def parse_size(text: str) -> tuple[int, int]:
     raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTH in pixels, at least 32x32, found {text}")
 
 
-def make_meta(args: argparse.Namespace, frames: list[clips.Frame], sizes: list[tuple[int, int]], size: tuple[int, int],
+def make_meta(args: argparse.Namespace, root: Path, frames: list[clips.Frame], sizes: list[tuple[int, int]], size: tuple[int, int],
               featurizer: Featurizer, shapes: dict[str, list[int]], flops: int) -> dict:
     """Return meta.json but for the digests of the arrays."""
     return {
@@ -67,7 +71,7 @@ def make_meta(args: argparse.Namespace, frames: list[clips.Frame], sizes: list[t
         "preprocessing": {"mean": featurizer.mean, "std": featurizer.std, "compute": str(featurizer.compute)[6:]},
         "size": size, "sizes": None if all(other == size for other in sizes) else sizes,
         "clips": [frame.clip for frame in frames], "names": [frame.name for frame in frames],
-        "data": str(args.data.resolve()), "split": args.split,
+        "data": str(root.resolve()), "split": args.split,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
     }
 
@@ -87,55 +91,80 @@ def write_masks(frames: list[clips.Frame], size: tuple[int, int], file: Path, th
     writer.close()
 
 
+def write_features(partial: PartialFolder, frames: list[clips.Frame], featurizer: Featurizer, shapes: dict[str, list[int]],
+                   size: tuple[int, int], args: argparse.Namespace, device: torch.device, group: Group) -> None:
+    """Write the arrays of a feature folder, but for what an earlier run wrote; each process its share of the batches."""
+    dtype, threads = np.dtype(args.dtype), args.threads or os.cpu_count() or 2
+    if group.main and frames[0].annotation is not None and not partial.has("masks.npy"):
+        write_masks(frames, size, partial.path / "masks.npy", threads)
+        partial.note("masks.npy")
+    if group.main:
+        for level, shape in shapes.items():  # made at full length by one process, written to by all
+            data.ArrayWriter(partial.path / data.level_file(level, shapes), (len(frames), *shape), dtype).close()
+    group.wait()
+    writers = [data.ArrayWriter(partial.path / data.level_file(level, shapes), (len(frames), *shape), dtype)
+               for level, shape in shapes.items()]
+    firsts = range(0, len(frames), args.batch_size)[group.rank::group.size]
+    batches = [range(first, min(first + args.batch_size, len(frames))) for first in firsts]
+    todo = [batch for batch in batches if not partial.has_rows(batch[0], len(batch), writers)]
+    if len(todo) < len(batches):
+        print(f"going on from an earlier run: {len(batches) - len(todo)} of {len(batches)} batches are there")
+    images = clips.read_images([frames[index] for batch in todo for index in batch], threads)
+    for batch in progress(todo, "featurize"):
+        levels = run_featurizer(featurizer, [next(images) for _ in batch], size, device)  # [B, C, h, w] each
+        stored = [level.cpu().numpy().astype(dtype) for level in levels]
+        if not all(np.isfinite(level).all() for level in stored):
+            raise BadInput(f"{frames[batch[0]].image}: its features do not fit {args.dtype}, or are not finite; "
+                           "pass --dtype float32 --compute float32")
+        for writer, level in zip(writers, stored):
+            writer.write(batch[0], level)
+        partial.note_rows(batch[0], stored)
+    for writer in writers:
+        writer.close()
+
+
 def main() -> None:
     args = parse_args()
+    account = tracking.from_flags(args)
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = choose_device(args.device)
-    out = args.out or Path("features") / f"{args.featurizer}-{args.split or args.data.stem}"
+    group, device = distributed.join(choose_device(args.device))
+    say = print if group.main else (lambda text: None)
+    root, used = tracking.fetch(args.data, account)
+    artifact = used and used.rpartition("/")[2].partition(":")[0]  # davis2016-train
+    split = args.split or (artifact.rpartition("-")[2] if artifact else root.resolve().stem)
+    out = args.out or Path("features") / f"{args.featurizer}-{split}"
     refuse_existing(out, args.overwrite)
 
-    frames = clips.find_frames(args.data, args.split)[:args.limit]
+    frames = clips.find_frames(root, args.split)[:args.limit]
     sizes = clips.check_frames(frames)
     size = args.size or sizes[0]
     featurizer = build_featurizer(args.featurizer, args.levels and args.levels.split(","), args.weights, args.seed,
                                   choose_compute(args.compute, device))
     example = torch.zeros(1, 3, *size, dtype=torch.uint8, device="meta")  # shapes and FLOPs, without computing
     shapes = featurizer.shapes(size)
-    meta = make_meta(args, frames, sizes, size, featurizer, shapes, count_flops(featurizer, example))
-    dtype = np.dtype(args.dtype)
-    total = sum(len(frames) * int(np.prod(shape)) * dtype.itemsize for shape in shapes.values())
-    print(f"{len(frames)} frames of {len(set(meta['clips']))} clips, {size[1]} x {size[0]}; "
-          f"{args.featurizer} on {device} in {meta['preprocessing']['compute']}, "
-          f"{meta['parameters']:,} parameters, {meta['flops_per_frame'] / 1e9:.2f} GFLOP a frame")
-    print(f"levels {', '.join(f'{level} {shape}' for level, shape in shapes.items())}: {total / 1e6:,.0f} MB of {args.dtype}")
+    meta = make_meta(args, root, frames, sizes, size, featurizer, shapes, count_flops(featurizer, example))
+    total = sum(len(frames) * int(np.prod(shape)) * np.dtype(args.dtype).itemsize for shape in shapes.values())
+    say(f"{len(frames)} frames of {len(set(meta['clips']))} clips, {size[1]} x {size[0]}; "
+        f"{args.featurizer} on {device} in {meta['preprocessing']['compute']}, "
+        f"{meta['parameters']:,} parameters, {meta['flops_per_frame'] / 1e9:.2f} GFLOP a frame")
+    say(f"levels {', '.join(f'{level} {shape}' for level, shape in shapes.items())}: {total / 1e6:,.0f} MB of {args.dtype}")
 
-    threads = args.threads or os.cpu_count() or 2
-    plan = {**meta, "raw": [relative(frame.image, args.data) for frame in frames], "batch": args.batch_size}
-    with PartialFolder(out, plan, args.overwrite) as partial:
-        if frames[0].annotation is not None and not partial.has("masks.npy"):
-            write_masks(frames, size, partial.path / "masks.npy", threads)
-            partial.note("masks.npy")
-        writers = [data.ArrayWriter(partial.path / data.level_file(level, shapes), (len(frames), *shape), dtype)
-                   for level, shape in shapes.items()]
-        batches = [range(first, min(first + args.batch_size, len(frames))) for first in range(0, len(frames), args.batch_size)]
-        todo = [batch for batch in batches if not partial.has_rows(batch[0], len(batch), writers)]
-        if len(todo) < len(batches):
-            print(f"going on from an earlier run: {len(batches) - len(todo)} of {len(batches)} batches are there")
-        images = clips.read_images([frames[index] for batch in todo for index in batch], threads)
-        maps = run_featurizer(featurizer.to(device), images, args.batch_size, size, device)
-        for batch, levels in zip(progress(todo, "featurize"), maps, strict=True):  # levels: [B, C, h, w] each
-            stored = [level.cpu().numpy().astype(dtype) for level in levels]
-            if not all(np.isfinite(level).all() for level in stored):
-                raise BadInput(f"{frames[batch[0]].image}: its features do not fit {args.dtype}, or are not finite; "
-                               "pass --dtype float32 --compute float32")
-            for writer, level in zip(writers, stored):
-                writer.write(batch[0], level)
-            partial.note_rows(batch[0], stored)
-        for writer in writers:
-            writer.close()
-        partial.finish(meta, {"raw": plan["raw"], **({"annotation": [relative(frame.annotation, args.data) for frame in frames]}
-                                                     if frames[0].annotation is not None else {})})
+    plan = {**meta, "raw": [relative(frame.image, root) for frame in frames], "batch": args.batch_size}
+    with tracking.start(account if group.main else account._replace(mode="disabled"), "featurize", plain(args)) as tracker:
+        tracker.use(used)
+        with PartialFolder(out, plan, args.overwrite, group) as partial:
+            write_features(partial, frames, featurizer.to(device), shapes, size, args, device, group)
+            group.wait()
+            if group.main:
+                columns = {"raw": plan["raw"]}
+                if frames[0].annotation is not None:
+                    columns["annotation"] = [relative(frame.annotation, root) for frame in frames]
+                partial.finish(meta, columns)
+        if not group.main:
+            return
+        facts = {key: meta[key] for key in ("featurizer", "levels", "weights", "parameters", "flops_per_frame", "size", "dtype")}
+        tracking.log_features(tracker, out, args.featurizer, split, {**facts, "frames": len(frames)})
     print(f"wrote {out}: {total / 1e6:,.0f} MB\nnext: python train.py --features {out}")
 
 

@@ -8,8 +8,7 @@ Any torchvision classification network works by its torchvision name without one
 """
 import copy
 import hashlib
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -251,14 +250,24 @@ def choose_compute(name: str, device: torch.device) -> torch.dtype:
 
 
 @torch.inference_mode()
-def run_featurizer(featurizer: Featurizer, images: Iterator[np.ndarray], batch: int, size: tuple[int, int],
-                   device: torch.device) -> Iterator[list[torch.Tensor]]:
-    """Yield the levels of `batch` frames at a time, float32 [B, C, h, w] each, on `device`.
+def run_featurizer(featurizer: Featurizer, images: list[np.ndarray], size: tuple[int, int], device: torch.device) -> list[torch.Tensor]:
+    """Return the levels of some frames, float32 [B, C, h, w] each, on `device`.
 
-    images: uint8 [H, W, 3] each; those of another size than `size` = (H, W) are resized to it.
+    images: uint8 [H, W, 3] each; those of another size than `size` = (H, W) are resized to it. When they do
+    not fit the device's memory together, they are run in halves, which is said.
     """
-    while part := list(itertools.islice(images, batch)):
-        yield featurizer(to_tensor(part, size, device))
+    try:
+        return featurizer(to_tensor(images, size, device))
+    except torch.OutOfMemoryError:
+        if len(images) == 1:
+            raise BadInput(f"one frame of {size[1]} x {size[0]} does not fit the memory of {device}; "
+                           "pass a smaller --size, or --device cpu") from None
+    torch.accelerator.empty_cache()
+    half = len(images) // 2
+    print(f"{len(images)} frames do not fit the memory of {device} together, running {half} and {len(images) - half}; "
+          f"--batch-size {half} avoids the retry")
+    parts = run_featurizer(featurizer, images[:half], size, device), run_featurizer(featurizer, images[half:], size, device)
+    return [torch.cat(levels) for levels in zip(*parts)]
 
 
 def to_tensor(images: list[np.ndarray], size: tuple[int, int], device: torch.device) -> torch.Tensor:

@@ -3,6 +3,7 @@
 Every file or folder a script leaves is first written under a temporary name beside its
 final one, flushed to the disk, and renamed. A reader sees the whole of it or nothing.
 """
+import argparse
 import contextlib
 import hashlib
 import json
@@ -109,6 +110,11 @@ def sha256(path: Path) -> str:
     """Return the SHA-256 of a file's bytes as hexadecimal, read in pieces so memory stays flat."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def plain(args: argparse.Namespace) -> dict:
+    """Return parsed arguments as JSON can hold them: paths as text."""
+    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
 
 
 def try_lock(file) -> bool:

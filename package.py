@@ -133,9 +133,9 @@ def main() -> int:
         print(f"package.py: {folder} breaks {len(broken)} of the contest's rules; nothing was written", file=sys.stderr)
         return 1
     metadata = read_json(folder / "metadata.json")
-    write_zip(folder, names, out)
     with tracking.start(account, "package", {"results": str(folder)}) as tracker:
         tracker.use(used)
+        write_zip(folder, names, out)
         tracking.log_results(tracker, metadata.get("decoder", "model"), {name: folder / name for name in names}, metadata)
     print(f"wrote {out}: {len(names) - 2} outputs, nparams {metadata['nparams']:,}")
     return 0

@@ -1,7 +1,7 @@
 """A feature folder in the making: kept when featurizing stops, verified and continued by the next run.
 
 While it is made it lives beside its final place as .<name>.partial, with plan.json (what is being made)
-and progress.jsonl (a line per batch written: first row and a SHA-256 of its rows). Only the whole
+and progress-<process>.jsonl (a line per batch written: first row and a SHA-256 of its rows). Only the whole
 folder, with its meta.json, is renamed to its final name.
 """
 import hashlib
@@ -13,22 +13,38 @@ from pathlib import Path
 import numpy as np
 
 from data import ArrayWriter, as_column
+from distributed import Group
 from files import BadInput, read_json, refuse_existing, sha256, try_lock, write_json
 
 
+ALONE = Group()
+
+
 class PartialFolder:
-    """The folder that `out` will be, held by one job at a time. Use as a context manager.
+    """The folder that `out` will be, held by one job at a time, whose processes share it. Use as a context manager.
 
     What an earlier run with the same plan wrote is kept; what one with another plan wrote is dropped.
     Raises BadInput when another process is writing the same folder, or the disk is full.
     """
 
-    def __init__(self, out: Path, plan: dict, overwrite: bool):
-        self.out, self.overwrite = out, overwrite
+    def __init__(self, out: Path, plan: dict, overwrite: bool, group: Group = ALONE):
+        self.out, self.overwrite, self.group = out, overwrite, group
         self.plan = json.loads(json.dumps(plan))  # as it will be read back
         self.path = out.with_name(f".{out.name}.partial")
 
     def __enter__(self):
+        self.progress = self.path / f"progress-{self.group.rank}.jsonl"
+        if self.group.main:
+            self.prepare()
+        self.group.wait()
+        self.notes = {}
+        for file in sorted(self.path.glob("progress-*.jsonl")):
+            self.notes |= read_notes(file)
+        self.group.wait()  # before anyone adds to them
+        return self
+
+    def prepare(self) -> None:
+        """Make the folder, or take over what an earlier run with the same plan left."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.path / "lock", "a")
@@ -42,12 +58,10 @@ class PartialFolder:
                 if file.name != "lock":
                     file.unlink()
             write_json(plan_file, self.plan)
-        self.progress = self.path / "progress.jsonl"
-        self.notes = read_notes(self.progress)
-        return self
 
     def __exit__(self, kind, error, traceback):
-        self.lock.close()
+        if self.group.main:
+            self.lock.close()
         if isinstance(error, BadInput):  # the input is to blame: nothing worth keeping, nothing half-written
             shutil.rmtree(self.path, ignore_errors=True)
         elif isinstance(error, OSError):
@@ -89,15 +103,15 @@ class PartialFolder:
         digests = {file.name: sha256(file) for file in sorted(self.path.glob("*.npy"))}
         write_json(self.path / "meta.json", {**meta, "sha256": digests})
         refuse_existing(self.out, self.overwrite)  # another process may have made it meanwhile
-        for name in ("plan.json", "progress.jsonl", "lock"):
-            (self.path / name).unlink()
+        for file in [self.path / "plan.json", self.path / "lock", *self.path.glob("progress-*.jsonl")]:
+            file.unlink()
         if self.out.exists():
             shutil.rmtree(self.out)
         os.rename(self.path, self.out)
 
 
 def read_notes(file: Path) -> dict[str, str]:
-    """Read progress.jsonl into {key: digest}; a line cut short by a kill is left out."""
+    """Read one progress file into {key: digest}; a line cut short by a kill is left out."""
     notes = {}
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []:
         try:

@@ -22,7 +22,7 @@ import metrics
 import models
 import pictures
 from data import FeatureFolder, folder_frames
-from files import BadInput, Stopped, read_json, try_lock, whole_file, write_json, write_text
+from files import BadInput, plain, read_json, try_lock, whole_file, write_json, write_text
 from models import Decoder, Recipe
 from resident import Split, gather
 from tracking import Tracker
@@ -71,11 +71,6 @@ def recall(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argpars
     old.out = args.resume or args.out or Path(old.out)
     old.resume, old.args, old.overwrite, old.debug, old.device = args.resume, args.args, args.overwrite, args.debug, args.device
     return old
-
-
-def plain(args: argparse.Namespace) -> dict:
-    """The arguments as JSON can hold them."""
-    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
 
 
 def write_args(args: argparse.Namespace, recipe: Recipe, folders: list[FeatureFolder], out: Path) -> None:

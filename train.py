@@ -22,7 +22,7 @@ import resident
 import runs
 import tracking
 from cli import Parser, add_run_flags, choose_device, positive_int, progress, run
-from files import Stopped, refuse_existing, write_json
+from files import Stopped, plain, refuse_existing, write_json
 from models import DECODERS, Decoder, Recipe
 
 
@@ -129,7 +129,7 @@ def train(args: argparse.Namespace, recipe: Recipe, training: resident.Split, va
     batches = resident.batches(training, orders, (rows, columns))
     bar = progress(steps, "train")
 
-    config = {**runs.plain(args), **recipe._asdict(), "frames": frames}
+    config = {**plain(args), **recipe._asdict(), "frames": frames}
     with stop, tracking.start(account, "train", config, out / "log.jsonl", append=bool(args.resume)) as tracker:
         for name in used:
             tracker.use(name)

@@ -1,0 +1,79 @@
+"""Several processes on one job, as torchrun starts them; without it, a group of one that costs nothing.
+
+    torchrun --nproc-per-node 2 train.py --features features/alexnet-train
+
+Gradients and counts are summed over the processes by PyTorch's own distributed package: nccl on CUDA devices,
+gloo elsewhere. A process that dies makes torchrun stop the others; one that hangs is given up after TIMEOUT.
+"""
+import atexit
+import datetime
+import os
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from files import BadInput
+
+TIMEOUT = datetime.timedelta(seconds=45)
+
+
+class Group(NamedTuple):
+    """This process's place among those of the job."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes and prints."""
+        return self.rank == 0
+
+    def holds(self, index: torch.Tensor) -> torch.Tensor:
+        """Return which frames of `index` (int64, any shape) are this process's share: every size-th."""
+        return index % self.size == self.rank
+
+    def sum(self, *values: torch.Tensor) -> None:
+        """Replace each tensor by its sum over the processes, in place."""
+        if self.size > 1:
+            for value in values:
+                dist.all_reduce(value)
+
+    def sum_gradients(self, module: nn.Module) -> None:
+        """Replace every gradient by its sum over the processes; a missing one (no frames here) counts as zero."""
+        if self.size == 1:
+            return
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        flat = torch.cat([parameter.grad.flatten() for parameter in parameters])  # one message instead of many
+        dist.all_reduce(flat)
+        for parameter, part in zip(parameters, flat.split([parameter.numel() for parameter in parameters])):
+            parameter.grad.copy_(part.view_as(parameter))
+
+    def wait(self) -> None:
+        """Wait until every process is here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def join(device: torch.device) -> tuple[Group, torch.device]:
+    """Join the group that torchrun's environment names, or be one alone. Returns it and this process's device.
+
+    On CUDA each process takes the device of its local rank. Raises BadInput when there are fewer devices.
+    """
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1:
+        return Group(), device
+    rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise BadInput(f"process {local} of this machine has no CUDA device, there are {torch.cuda.device_count()}; "
+                           "start fewer with --nproc-per-node, or pass --device cpu")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    atexit.register(dist.destroy_process_group)
+    return Group(rank, size), device
