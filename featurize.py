@@ -9,6 +9,7 @@ import argparse
 import os
 import platform
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,7 @@ def main() -> None:
     plan = {**meta, "raw": [relative(frame.image, root) for frame in frames], "batch": args.batch_size}
     with tracking.start(account if group.main else account._replace(mode="disabled"), "featurize", plain(args)) as tracker:
         tracker.use(used)
+        started = time.perf_counter()
         with PartialFolder(out, plan, args.overwrite, group) as partial:
             write_features(partial, frames, featurizer.to(device), shapes, size, args, device, group)
             group.wait()
@@ -161,10 +163,12 @@ def main() -> None:
                 if frames[0].annotation is not None:
                     columns["annotation"] = [relative(frame.annotation, root) for frame in frames]
                 partial.finish(meta, columns)
+        seconds = time.perf_counter() - started
         if not group.main:
             return
         facts = {key: meta[key] for key in ("featurizer", "levels", "weights", "parameters", "flops_per_frame", "size", "dtype")}
         tracking.log_features(tracker, out, args.featurizer, split, {**facts, "frames": len(frames)})
+    print(f"seconds: masks and features {seconds:.3f} ({len(frames)} frames)")
     print(f"wrote {out}: {total / 1e6:,.0f} MB\nnext: python train.py --features {out}")
 
 
