@@ -1,84 +1,33 @@
 """Measure what the README claims, on this machine.
 
-    python benchmark.py scores                                        # J and F a frame, on random blobs
-    python benchmark.py scores --data DAVIS --predictions RESULTS/outputs   # on real masks
+    python benchmark.py train                                         # how fast this machine trains and predicts
+    python benchmark.py scores --data DAVIS --predictions RESULTS/outputs   # milliseconds a frame of J and F
+    python benchmark.py scale                                         # cost at 1,000 to 100,000 frames
+    python benchmark.py peer --peer NOTEBOOK.py --data DAVIS --weights FILE   # beside the contest notebook's pipeline
+    python benchmark.py table                                         # the README's table, from benchmarks/*.json
 
 Each benchmark prints a table and, as its last line, one JSON object, and writes that object with the machine,
 the versions, the command and every run to benchmarks/<date>-<name>.json. Compare only numbers of one file:
-what is compared is timed in turns, in one process.
+what is compared is timed in turns.
 """
 import argparse
-import datetime
-import json
-import os
-import platform
-import shlex
-import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 
+import benchmark_peer
+import benchmark_synthetic
 import clips
+import measure
 import metrics
 from cli import Parser, positive_int, run
-from files import BadInput, write_json
+from files import BadInput
+from measure import spread
 from tests import reference_metrics
 
 HEIGHT, WIDTH = 480, 854  # of the masks made here: DAVIS at 480p
-
-
-# What every benchmark shares.
-
-def machine() -> dict:
-    """Return what the numbers depend on: processor, cores this process may use, accelerator, and how busy it was."""
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-    return {"cpu": model, "cores": cores, "accelerator": accelerator, "load_1min": load}
-
-
-def spread(runs: list[float]) -> dict:
-    """Return the median of some runs, the lowest and the highest, and the runs themselves."""
-    return {"median": statistics.median(runs), "lowest": min(runs), "highest": max(runs), "runs": runs}
-
-
-def time_in_turns(candidates: dict[str, Callable[[], object]], repeats: int, clock: Callable[[], float]) -> dict[str, list[float]]:
-    """Return the seconds of each candidate, `repeats` each, taken in turns so that a busy spell hits all.
-
-    Each is called once before the clock starts, to load code and memory. clock: `time.perf_counter` for wall
-    seconds; `time.process_time` for what runs in one thread, so that waiting for a core does not count.
-    """
-    seconds = {name: [] for name in candidates}
-    for turn in range(repeats + 1):
-        for name, candidate in candidates.items():
-            start = clock()
-            candidate()
-            if turn:
-                seconds[name].append(clock() - start)
-    return seconds
-
-
-def write_result(out: Path, name: str, repeats: int, results: dict) -> Path:
-    """Write benchmarks/<date>-<name>.json, print its results as the last line, and return its path."""
-    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    record = {"name": name, "date": today, "command": command, "machine": machine(), "versions": versions,
-              "n": repeats, "results": results}
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{today}-{name}.json"
-    write_json(path, record)
-    print(f"wrote {path}")
-    print(json.dumps(results, allow_nan=False))
-    return path
 
 
 # scores: J and F a frame.
@@ -126,6 +75,7 @@ def read_pairs(data: Path, split: str, predictions: Path) -> tuple[np.ndarray, n
 
 def scores(args: argparse.Namespace) -> None:
     """Time J and F a frame in CPU time, on one thread: packed masks against the slow reference, same frames."""
+    before = measure.machine()
     predictions, masks = read_pairs(args.data, args.split, args.predictions) if args.data else blobs(args.frames or 60, args.seed)
     if args.frames:
         chosen = np.linspace(0, len(masks) - 1, min(args.frames, len(masks))).round().astype(int)
@@ -143,43 +93,134 @@ def scores(args: argparse.Namespace) -> None:
         "ours, contest IoU alone": lambda: metrics.contest_iou(*packed),
         "slow reference, J and F": slow_reference,
     }
-    seconds = time_in_turns(candidates, args.repeats, time.process_time)
+    seconds = measure.time_in_turns(candidates, args.repeats, time.process_time)
     ms = {name: spread([1000 * run / frames for run in runs]) for name, runs in seconds.items()}
     deviation = np.abs(np.stack(found["ours"][1:]) - np.array(found["slow"]).T[1:]).max()  # of J and F
     results = {"frames": frames, "height": height, "width": width, "source": "data" if args.data else "blobs",
                "ms_per_frame": ms,
                "ratio": ms["slow reference, J and F"]["median"] / ms["ours, J and F"]["median"], "max_deviation": float(deviation)}
 
-    print(f"{frames} frames of {width} x {height}, one core, {args.repeats} runs; CPU milliseconds a frame")
-    print(f"{'':28}{'median':>10}{'lowest':>10}{'highest':>10}")
-    for name, figures in ms.items():
-        print(f"{name:28}{figures['median']:10.3f}{figures['lowest']:10.3f}{figures['highest']:10.3f}")
-    print(f"{results['ratio']:.0f} times the slow reference; the largest difference in J or F is {deviation:.1e}")
-    write_result(args.out, args.name or "scores", args.repeats, results)
+    of = "real masks" if args.data else "blobs"
+    rows = [measure.row(f"J and F of {of} (peer: slow reference)", "CPU ms a frame", ms["ours, J and F"],
+                        ms["slow reference, J and F"], results["ratio"]),
+            measure.row(f"contest IoU alone of {of}", "CPU ms a frame", ms["ours, contest IoU alone"])]
+    print(f"{frames} frames of {width} x {height}, one core; the largest difference in J or F is {deviation:.1e}")
+    measure.write_result(args.out, args.name or "scores", args.repeats, results, rows, before)
 
+
+def table(args: argparse.Namespace) -> None:
+    """Put the newest result of each name into the README's table; with --check only say whether it is there."""
+    same = measure.write_table(args.readme, args.out, args.check)
+    if args.check and not same:
+        raise BadInput(f"{args.readme}: its table is not what {args.out} gives; run `python benchmark.py table`")
+    print(f"{args.readme}: {'as it was' if same else 'written'}")
+
+
+# The command line.
 
 def parse() -> argparse.Namespace:
     """Return the command line's flags, checked; `benchmark` is the function to call."""
     parser = Parser(__doc__)
     commands = parser.add_subparsers(required=True, parser_class=argparse.ArgumentParser, metavar="benchmark")
-    command = commands.add_parser("scores", help="milliseconds a frame of J and F", description=scores.__doc__, allow_abbrev=False)
-    command.set_defaults(benchmark=scores)
+    for add in (add_scores, add_peer, add_scale, add_train, add_table):
+        command = add(commands)
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args()
+    if args.benchmark is scores and (args.data is None) != (args.predictions is None):
+        parser.error("--data and --predictions go together: pass both, or neither for random blobs")
+    if args.benchmark is benchmark_peer.peer and args.reference and args.limit:
+        parser.error("--reference has the losses of the whole split: leave out --limit")
+    return args
+
+
+def new_command(commands, name: str, benchmark, summary: str, repeats: int) -> argparse.ArgumentParser:
+    """Add a command with the flags that every measuring one has."""
+    command = commands.add_parser(name, help=summary, description=benchmark.__doc__, allow_abbrev=False)
+    command.set_defaults(benchmark=benchmark)
+    group = command.add_argument_group("run")
+    group.add_argument("--repeats", type=positive_int, default=repeats, help=f"timed runs of each (default: {repeats})")
+    group.add_argument("--out", type=Path, default=Path("benchmarks"), help="folder to write the result to (default: benchmarks)")
+    group.add_argument("--name", default=None, help="name in the result's file name (default: the benchmark's)")
+    group.add_argument("--seed", type=int, default=0, help="seed of what is made up (default: 0)")
+    return command
+
+
+def add_scores(commands) -> argparse.ArgumentParser:
+    command = new_command(commands, "scores", scores, "milliseconds a frame of J and F", 5)
     group = command.add_argument_group("data")
     group.add_argument("--data", type=Path, default=None, help="data root with annotations (default: random blobs, made here)")
     group.add_argument("--split", default="val", help="split of --data (default: val)")
     group.add_argument("--predictions", type=Path, default=None, help="folder of mask images, one a frame of --data, in order")
     group.add_argument("--frames", type=positive_int, default=None,
                        help="frames to time, evenly spread (default: all of --data, or 60 blobs)")
-    group = command.add_argument_group("run")
-    group.add_argument("--repeats", type=positive_int, default=5, help="timed runs of each (default: 5)")
-    group.add_argument("--seed", type=int, default=0, help="seed of the blobs (default: 0)")
-    group.add_argument("--out", type=Path, default=Path("benchmarks"), help="folder to write the result to (default: benchmarks)")
-    group.add_argument("--name", default=None, help="name in the result's file name (default: the benchmark's)")
-    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    args = parser.parse_args()
-    if (args.data is None) != (args.predictions is None):
-        command.error("--data and --predictions go together: pass both, or neither for random blobs")
-    return args
+    return command
+
+
+def add_peer(commands) -> argparse.ArgumentParser:
+    command = new_command(commands, "peer", benchmark_peer.peer, "beside the contest notebook's pipeline, stage by stage", 1)
+    group = command.add_argument_group("data")
+    group.add_argument("--peer", type=Path, required=True, help="the notebook's pipeline as a script that prints one JSON object")
+    group.add_argument("--data", type=Path, required=True, help="DAVIS root with the splits train and val")
+    group.add_argument("--weights", type=Path, required=True, help="AlexNet's weights, a state dict of its features.* keys")
+    group.add_argument("--reference", type=Path, default=None, help="JSON with the notebook's losses, to compare ours with")
+    group.add_argument("--limit", type=positive_int, default=None, help="only the first N frames of each split (default: all)")
+    group.add_argument("--compute", choices=["auto", "float32", "bfloat16"], default="auto", help="as featurize.py's (default: auto)")
+    group.add_argument("--threads", type=positive_int, default=None, help="threads of either (default: one a core)")
+    return command
+
+
+def add_scale(commands) -> argparse.ArgumentParser:
+    command = new_command(commands, "scale", benchmark_synthetic.scale, "cost of training and scoring as frames grow", 1)
+    group = command.add_argument_group("made-up features")
+    group.add_argument("--frames", type=positive_int, nargs="+", default=[1_000, 10_000, 100_000], help="(default: 1000 10000 100000)")
+    group.add_argument("--shape", type=sizes(3), default=(64, 14, 25), metavar="CxHxW", help="of a feature map (default: 64x14x25)")
+    group.add_argument("--size", type=sizes(2), default=(120, 216), metavar="HxW", help="of a mask (default: 120x216)")
+    group.add_argument("--steps", type=at_least_2, default=300, help="training steps, at least 2 (default: 300)")
+    group.add_argument("--score", action=argparse.BooleanOptionalAction, default=True, help="predict, write and score every frame as well")
+    group.add_argument("--folder", type=Path, default=None, help="where to make temporary files (default: the system's choice)")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    group.add_argument("--threads", type=positive_int, default=None, help="CPU threads (default: one a core)")
+    return command
+
+
+def add_train(commands) -> argparse.ArgumentParser:
+    command = new_command(commands, "train", benchmark_synthetic.train, "how fast this machine trains and predicts", 5)
+    group = command.add_argument_group("made-up features")
+    group.add_argument("--featurizer", default="efficientnet_lite0", help="its maps' shapes are trained on (default: efficientnet_lite0)")
+    group.add_argument("--size", type=sizes(2), default=(HEIGHT, WIDTH), metavar="HxW", help="of a frame (default: 480x854)")
+    group.add_argument("--frames", type=positive_int, default=256, help="frames of features on the device (default: 256)")
+    group.add_argument("--steps", type=positive_int, default=30, help="training steps a run (default: 30)")
+    group.add_argument("--batch-size", type=positive_int, default=8, help="frames at a time from frame to mask (default: 8)")
+    group.add_argument("--amp", action="store_true", help="train in bfloat16 autocast")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    group.add_argument("--threads", type=positive_int, default=None, help="CPU threads (default: PyTorch's choice)")
+    return command
+
+
+def add_table(commands) -> argparse.ArgumentParser:
+    command = commands.add_parser("table", help="regenerate the README's table", description=table.__doc__, allow_abbrev=False)
+    command.set_defaults(benchmark=table)
+    command.add_argument("--readme", type=Path, default=Path("README.md"), help="file with the markers (default: README.md)")
+    command.add_argument("--out", type=Path, default=Path("benchmarks"), help="folder of the results (default: benchmarks)")
+    command.add_argument("--check", action="store_true", help="write nothing; fail when the table is not what the results give")
+    return command
+
+
+def at_least_2(text: str) -> int:
+    """Parse a whole number of at least 2 (argparse type): a step's time is what comes after the first."""
+    if int(text) < 2:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 2, found {text}")
+    return int(text)
+
+
+def sizes(count: int):
+    """Return a parser of `count` whole numbers above 0 such as 480x854 (argparse type)."""
+    def parse_sizes(text: str) -> tuple[int, ...]:
+        parts = text.lower().split("x")
+        if len(parts) != count or not all(part.isdigit() and int(part) > 0 for part in parts):
+            raise argparse.ArgumentTypeError(f"expected {count} whole numbers with an x between, found {text}")
+        return tuple(map(int, parts))
+    return parse_sizes
 
 
 def main() -> None:

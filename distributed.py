@@ -24,6 +24,7 @@ class Group(NamedTuple):
 
     rank: int = 0
     size: int = 1
+    device: torch.device = torch.device("cpu")
 
     @property
     def main(self) -> bool:
@@ -66,7 +67,7 @@ def join(device: torch.device) -> tuple[Group, torch.device]:
     """
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
-        return Group(), device
+        return Group(device=device), device
     rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     if device.type == "cuda":
         if local >= torch.cuda.device_count():
@@ -76,4 +77,4 @@ def join(device: torch.device) -> tuple[Group, torch.device]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     atexit.register(dist.destroy_process_group)
-    return Group(rank, size), device
+    return Group(rank, size, device), device

@@ -112,7 +112,7 @@ def build_featurizer(name: str, levels: list[str] | None = None, weights: str | 
         raise BadInput(f"--featurizer {name}: unknown; expected {', '.join(FEATURIZERS)}, or a classification network "
                        "of torchvision by its name there, such as resnet50")
     build, mean, std, default = FEATURIZERS.get(name, (build_torchvision, *IMAGENET, ["s32", "s16", "s8"]))
-    levels = sorted(set(levels or default), key=level_stride, reverse=True)
+    levels = sorted(sorted(set(levels or default)), key=level_stride, reverse=True)  # of one stride, by name
     torch.manual_seed(seed)  # for "random" alone: the others load every tensor
     strides = sorted({parse_level(level)[0] for level in levels}, key=level_stride, reverse=True)
     return Featurizer(name, build(strides, weights, name), levels, mean, std, compute)

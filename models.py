@@ -57,12 +57,12 @@ class Decoder(nn.Module):
         """Look at the training features once, before the first step; for a decoder that wants their mean and spread."""
 
     def loss(self, output: torch.Tensor, target: torch.Tensor, area: torch.Tensor) -> torch.Tensor:
-        """Binary cross-entropy, its mean over the pixels of the frames.
+        """Binary cross-entropy of each frame, its mean over the frame's pixels.
 
         output: what `forward` gave, [B, gh, gw]; target: share of foreground in each cell, [B, gh, gw] in 0..1;
-        area: share of the frame's pixels in each cell, [gh, gw], sums to 1. Returns a scalar.
+        area: share of the frame's pixels in each cell, [gh, gw], sums to 1. Returns [B].
         """
-        return (F.binary_cross_entropy_with_logits(output, target, reduction="none") * area).sum() / len(output)
+        return (F.binary_cross_entropy_with_logits(output, target, reduction="none") * area).sum((1, 2))
 
     def probabilities(self, output: torch.Tensor) -> torch.Tensor:
         """Turn what `forward` gave, [B, gh, gw], into probabilities at frame size, [B, H, W] in 0..1."""
@@ -97,7 +97,7 @@ class Simple(Decoder):
 
     def loss(self, output: torch.Tensor, target: torch.Tensor, area: torch.Tensor) -> torch.Tensor:
         """As Decoder.loss, but of probabilities."""
-        return (F.binary_cross_entropy(output.float(), target, reduction="none") * area).sum() / len(output)
+        return (F.binary_cross_entropy(output.float(), target, reduction="none") * area).sum((1, 2))
 
     def probabilities(self, output: torch.Tensor) -> torch.Tensor:
         rows, columns = (group.to(output.device) for group in self.groups)
@@ -146,12 +146,16 @@ class Standardise(nn.Module):
 def fit(norms: nn.ModuleList, features: Features, index: torch.Tensor) -> None:
     """Set one Standardise per level from the frames of `index`, int64 [n]: at most 256, spread evenly."""
     chosen = index[:: -(-len(index) // 256)]
-    parts = [features.batch(part) for part in chosen.split(16)]
-    for norm, levels in zip(norms, zip(*parts)):
-        mean = torch.stack([level.mean((0, 2, 3)) for level in levels]).mean(0)
-        square = torch.stack([(level - mean[:, None, None]).square().mean((0, 2, 3)) for level in levels]).mean(0)
+    chosen = chosen[features.group.holds(chosen)]
+    sums = [torch.zeros(3, norm.mean.numel(), device=features.device) for norm in norms]  # counts, values, squares
+    for part in chosen.split(16):
+        for total, level in zip(sums, features.batch(part)):
+            total += torch.stack([torch.full_like(total[0], level[:, 0].numel()), level.sum((0, 2, 3)), level.square().sum((0, 2, 3))])
+    features.group.sum(*sums)
+    for norm, (count, values, squares) in zip(norms, sums):
+        mean = values / count
         norm.mean.copy_(mean[:, None, None])
-        norm.std.copy_(square.sqrt()[:, None, None] + 1e-3)
+        norm.std.copy_((squares / count - mean.square()).clamp_min(0).sqrt()[:, None, None] + 1e-3)
 
 
 def one_level(shapes: Shapes, name: str) -> list[tuple[int, int, int]]:

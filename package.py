@@ -133,7 +133,7 @@ def main() -> int:
         print(f"package.py: {folder} breaks {len(broken)} of the contest's rules; nothing was written", file=sys.stderr)
         return 1
     metadata = read_json(folder / "metadata.json")
-    with tracking.start(account, "package", {"results": str(folder)}) as tracker:
+    with tracking.start(account, "run-val" if (folder / "scores.json").exists() else "run-test", {"results": str(folder)}) as tracker:
         tracker.use(used)
         write_zip(folder, names, out)
         tracking.log_results(tracker, metadata.get("decoder", "model"), {name: folder / name for name in names}, metadata)

@@ -16,9 +16,11 @@ import torch
 
 from clips import in_threads
 from data import FeatureFolder, check_array, check_levels
+from distributed import Group
 from files import BadInput
 
 RESIDENT = ("device", "host", "disk")
+ALONE = Group()
 CHUNK = 32 << 20  # bytes read from disk at a time
 SPARE = 0.8  # share of the free memory that features and masks may take
 
@@ -32,27 +34,25 @@ class DiskRows:
     Read, not mapped: mapped pages count as this process's memory, which would grow with the file.
     """
 
-    def __init__(self, file: Path, shape: tuple[int, ...], start: int, dtype: torch.dtype):
-        self.handle, self.shape, self.start, self.dtype = open(file, "rb", buffering=0), shape, start, dtype
-
-    def __len__(self) -> int:
-        return self.shape[0]
+    def __init__(self, file: Path, shape: tuple[int, ...], start: int, dtype: torch.dtype, group: Group):
+        self.handle, self.shape, self.start, self.dtype, self.group = open(file, "rb", buffering=0), shape, start, dtype, group
 
     def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
-        """Return rows `index`, int64 [B], in host memory."""
+        """Return rows `index`, int64 [B], counted among this process's share, in host memory."""
         rows = torch.empty((len(index), *self.shape[1:]), dtype=self.dtype)
-        for row, number in zip(rows, index.tolist()):
+        for row, number in zip(rows, (index * self.group.size + self.group.rank).tolist()):
             view = memoryview(row.numpy().reshape(-1)).cast("B")
             if os.preadv(self.handle.fileno(), [view], self.start + number * len(view)) != len(view):
                 raise BadInput(f"{self.handle.name}: ended early; it was changed while being read")
         return rows
 
 
-Rows = torch.Tensor | DiskRows
+Rows = torch.Tensor | DiskRows  # this process's share of an array's rows: row r of it is frame r * size + rank
 
 
-def load_rows(file: Path, shape: tuple[int, ...], device: torch.device, resident: str, digest: str | None) -> Rows:
-    """Read an .npy array once, checking it on the way, and return it as rows that `resident` says where to keep.
+def load_rows(file: Path, shape: tuple[int, ...], device: torch.device, resident: str, digest: str | None,
+              group: Group = ALONE) -> Rows:
+    """Read an .npy array once, checking it on the way, and keep this process's share of its rows where `resident` says.
 
     The array reaches the device in pieces through one small pinned buffer: no second copy in host memory.
     digest: the expected SHA-256 of the file, or None to skip that check. Raises BadInput when the digest
@@ -63,7 +63,7 @@ def load_rows(file: Path, shape: tuple[int, ...], device: torch.device, resident
     array = None
     if resident != "disk":
         where = device if resident == "device" else torch.device("cpu")
-        array = torch.empty(shape, dtype=kind, device=where, pin_memory=resident == "host" and device.type == "cuda")
+        array = torch.empty((len(range(group.rank, shape[0], group.size)), *shape[1:]), dtype=kind, device=where, pin_memory=resident == "host" and device.type == "cuda")
     values = math.prod(shape[1:])
     buffer = torch.empty((max(1, CHUNK // (values * dtype.itemsize)), values), dtype=kind, pin_memory=device.type == "cuda")
     sha = hashlib.sha256()
@@ -77,11 +77,13 @@ def load_rows(file: Path, shape: tuple[int, ...], device: torch.device, resident
             if dtype != np.uint8 and not math.isfinite(piece.sum(dtype=torch.float32)):
                 refuse_not_finite(file, piece, first)
             if array is not None:
-                array[first:first + len(piece)] = piece.view(-1, *shape[1:])
+                skip = (group.rank - first) % group.size  # rows of this piece before the first that is ours
+                ours = piece[skip::group.size].view(-1, *shape[1:])
+                array[(first + skip) // group.size:][:len(ours)] = ours
     if digest is not None and sha.hexdigest() != digest:
         raise BadInput(f"{file}: its SHA-256 differs from meta.json's; the file was changed or damaged: make the folder "
                        "anew with featurize.py, or pass --no-verify")
-    return DiskRows(file, shape, start, kind) if array is None else array
+    return DiskRows(file, shape, start, kind, group) if array is None else array
 
 
 def read_into(handle: BinaryIO, piece: torch.Tensor) -> None:
@@ -110,35 +112,35 @@ class Features(NamedTuple):
 
     levels: list[Rows]  # [N, C, h, w] each, float16 or float32
     device: torch.device  # where batches go
+    group: Group = ALONE
 
     def batch(self, index: torch.Tensor) -> list[torch.Tensor]:
-        """index: int64 [B]. Returns a float32 [B, C, h, w] on the device for each level."""
-        return [gather(level, index, self.device).float() for level in self.levels]
+        """index: int64 [B], frames that this process holds. Returns a float32 [B, C, h, w] on the device for each level."""
+        return [gather(level, index, self.device, self.group).float() for level in self.levels]
 
 
-def gather(rows: Rows, index: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return rows `index`, int64 [B] on any device, on `device`."""
-    if isinstance(rows, torch.Tensor) and rows.device == index.device:
-        return rows[index].to(device, non_blocking=True)
+def gather(rows: Rows, index: torch.Tensor, device: torch.device, group: Group = ALONE) -> torch.Tensor:
+    """Return the rows of frames `index`, int64 [B] on any device, on `device`."""
     where = rows.device if isinstance(rows, torch.Tensor) else torch.device("cpu")
-    return rows[index.to(where)].to(device, non_blocking=True)
+    return rows[index.to(where) // group.size].to(device, non_blocking=True)
 
 
 def load_features(folder: FeatureFolder, levels: list[str], device: torch.device, resident: str = "device",
-                  verify: bool = True) -> Features:
+                  verify: bool = True, group: Group = ALONE) -> Features:
     """Load `levels` of a folder. Raises BadInput for a level it lacks, damaged or non-finite values."""
     check_levels(folder, levels)
     digests = folder.meta["sha256"] if verify else {}
     return Features([load_rows(folder.files[level], (folder.frames, *folder.meta["levels"][level]), device, resident,
-                               digests.get(folder.files[level].name)) for level in levels], device)
+                               digests.get(folder.files[level].name), group) for level in levels], device, group)
 
 
-def load_masks(folder: FeatureFolder, device: torch.device, resident: str = "device", verify: bool = True) -> Rows:
+def load_masks(folder: FeatureFolder, device: torch.device, resident: str = "device", verify: bool = True,
+               group: Group = ALONE) -> Rows:
     """Return the packed masks, uint8 [N, H, ceil(W / 8)]. Raises BadInput when there are none."""
     if folder.masks is None:
         raise BadInput(f"{folder.path}: has no masks.npy, and this step needs annotations; featurize annotated clips")
     digest = folder.meta["sha256"].get("masks.npy") if verify else None
-    return load_rows(folder.masks, mask_shape(folder), device, resident, digest)
+    return load_rows(folder.masks, mask_shape(folder), device, resident, digest, group)
 
 
 def mask_shape(folder: FeatureFolder) -> tuple[int, int, int]:
@@ -147,13 +149,15 @@ def mask_shape(folder: FeatureFolder) -> tuple[int, int, int]:
     return folder.frames, height, -(-width // 8)
 
 
-def choose_resident(asked: str | None, folders: list[FeatureFolder], levels: list[str], device: torch.device) -> str:
+def choose_resident(asked: str | None, folders: list[FeatureFolder], levels: list[str], device: torch.device,
+                    group: Group = ALONE) -> str:
     """Return where features and masks go: where `asked`, else on the device, in host memory or on disk, the first that fits.
 
     Checked before anything is allocated. Raises BadInput naming both numbers when they do not fit where asked.
     """
     needed = sum(folder.files[level].stat().st_size for folder in folders for level in levels)
     needed += sum(math.prod(mask_shape(folder)) for folder in folders if folder.masks)
+    needed //= group.size
     for place, free in (("device", free_memory(device)), ("host", free_memory(torch.device("cpu")))):
         fits = free is None or needed <= SPARE * free
         if asked == place and not fits:
@@ -182,14 +186,18 @@ class Split(NamedTuple):
 
     folder: FeatureFolder
     features: Features
-    masks: Rows  # uint8 [N, H, ceil(W / 8)] of the whole folder
-    index: torch.Tensor  # int64 [n], the frames that count, in host memory
+    masks: Rows  # uint8 [N, H, ceil(W / 8)]
+    index: torch.Tensor  # int64 [n], the frames that count, in host memory; of all processes
+
+    def own(self) -> torch.Tensor:
+        """The frames of `index` that this process holds."""
+        return self.index[self.features.group.holds(self.index)]
 
 
-def load_split(folder: FeatureFolder, levels: list[str], device: torch.device, resident: str, verify: bool) -> Split:
-    """Load a feature folder and its masks whole to where `resident` says."""
-    return Split(folder, load_features(folder, levels, device, resident, verify), load_masks(folder, device, resident, verify),
-                 torch.arange(folder.frames))
+def load_split(folder: FeatureFolder, levels: list[str], device: torch.device, resident: str, verify: bool, group: Group) -> Split:
+    """Load this process's share of a feature folder and its masks to where `resident` says."""
+    return Split(folder, load_features(folder, levels, device, resident, verify, group),
+                 load_masks(folder, device, resident, verify, group), torch.arange(folder.frames))
 
 
 def select(split: Split, index: np.ndarray) -> Split:
@@ -203,27 +211,40 @@ def select(split: Split, index: np.ndarray) -> Split:
 Cells = tuple[torch.Tensor, torch.Tensor]  # the grid row of every pixel row, int64 [H], and column of every pixel column [W]
 
 
-def batches(split: Split, orders: Iterable[np.ndarray], cells: Cells) -> Iterator[tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]]:
-    """Yield what a step needs for each batch of `orders` (positions in split.index, int64 [B]).
+class Batch(NamedTuple):
+    """What a training step needs, on the device: B frames, this process's share of `size`."""
 
-    That is: the frames' indices [B], their levels, float32 [B, C, h, w] each, and their targets, the share of
-    foreground in each of the decoder's cells, float32 [B, gh, gw]. On the device, targets are pooled once for
-    all frames; otherwise for each batch, in a thread that is one batch ahead.
+    index: torch.Tensor  # int64 [B], which frames
+    levels: list[torch.Tensor]  # float32 [B, C, h, w] each
+    target: torch.Tensor  # float32 [B, gh, gw], share of foreground in each of the decoder's cells
+    size: int  # frames in the batch over all processes
+
+
+def batches(split: Split, orders: Iterable[np.ndarray], cells: Cells) -> Iterator[Batch]:
+    """Yield a batch for each of `orders`, int64 [size], positions in split.index.
+
+    On the device, targets are pooled once, for all frames; otherwise for each batch, in a thread that reads ahead.
     """
-    device, size = split.features.device, split.folder.size
+    features, frame_size, own = split.features, split.folder.size, split.own()
+    device, group = features.device, features.group
+    indices = (split.index[torch.from_numpy(order)] for order in orders)
     if isinstance(split.masks, torch.Tensor) and split.masks.device == device:
-        frames, targets = split.index.to(device), pool_masks(split.masks, split.index, size, cells).to(device)
-        for order in orders:
-            position = torch.from_numpy(order).to(device, non_blocking=True)
-            yield frames[position], split.features.batch(frames[position]), targets[position]
+        targets = pool_masks(split.masks, own, frame_size, cells, group).to(device)
+        position = torch.zeros(split.folder.frames, dtype=torch.int64)
+        position[own] = torch.arange(len(own))
+        for index in indices:
+            ours = index[group.holds(index)]
+            frames = ours.to(device, non_blocking=True)
+            yield Batch(frames, features.batch(frames), targets[position[ours].to(device, non_blocking=True)], len(index))
     else:
-        def read(order: np.ndarray) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
-            index = split.index[torch.from_numpy(order)]
-            return index.to(device), split.features.batch(index), pool_masks(split.masks, index, size, cells).to(device)
-        yield from in_threads(read, orders, threads=1, ahead=2)
+        def read(index: torch.Tensor) -> Batch:
+            ours = index[group.holds(index)]
+            target = pool_masks(split.masks, ours, frame_size, cells, group).to(device)
+            return Batch(ours.to(device), features.batch(ours), target, len(index))
+        yield from in_threads(read, indices, threads=1, ahead=2)
 
 
-def pool_masks(masks: Rows, index: torch.Tensor, size: tuple[int, int], cells: Cells) -> torch.Tensor:
+def pool_masks(masks: Rows, index: torch.Tensor, size: tuple[int, int], cells: Cells, group: Group = ALONE) -> torch.Tensor:
     """Return the share of foreground in every cell of a grid, float32 [n, gh, gw] in 0..1, in host memory.
 
     masks: uint8 [N, H, ceil(W / 8)], packed along W; index: int64 [n], the frames wanted; size: (H, W);
@@ -236,7 +257,7 @@ def pool_masks(masks: Rows, index: torch.Tensor, size: tuple[int, int], cells: C
     bounds = list(zip(starts[:-1].tolist(), starts[1:].tolist()))
     pooled = torch.empty(len(index), len(bounds), column_sums.shape[1])
     for first, part in zip(range(0, len(index), 32), index.split(32)):
-        bits = np.unpackbits(gather(masks, part, torch.device("cpu")).numpy(), axis=2, count=width)  # [n, H, W]
+        bits = np.unpackbits(gather(masks, part, torch.device("cpu"), group).numpy(), axis=2, count=width)  # [n, H, W]
         few = max(stop - start for start, stop in bounds) < 256  # then a cell's column sums fit a byte: faster
         sums = np.stack([np.add.reduce(bits[:, start:stop], axis=1, dtype=np.uint8 if few else np.uint32)
                          for start, stop in bounds], axis=1)  # [n, gh, W]

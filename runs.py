@@ -21,11 +21,12 @@ import clips
 import metrics
 import models
 import pictures
+import tracking
 from data import FeatureFolder, folder_frames
-from files import BadInput, plain, read_json, try_lock, whole_file, write_json, write_text
+from distributed import Group
+from files import BadInput, Stopped, plain, read_json, try_lock, whole_file, write_json, write_text
 from models import Decoder, Recipe
 from resident import Split, gather
-from tracking import Tracker
 
 TIMES = "times.jsonl"  # beside log.jsonl, which holds nothing that differs between two runs of one command
 
@@ -40,8 +41,12 @@ def prepare_folder(out: Path) -> None:
 
 
 @contextlib.contextmanager
-def own_folder(out: Path, fresh: bool) -> Iterator[None]:
-    """Hold the run folder alone, emptied first when `fresh`. Raises BadInput when another process holds it."""
+def own_folder(out: Path, fresh: bool, group: Group) -> Iterator[None]:
+    """Hold the run folder for this job alone, emptied first when `fresh`. Raises BadInput when another job holds it."""
+    if not group.main:
+        group.wait()
+        yield
+        return
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "lock", "a") as lock:
         if not try_lock(lock):
@@ -50,6 +55,7 @@ def own_folder(out: Path, fresh: bool) -> Iterator[None]:
             if path.name != "lock":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         prepare_folder(out)
+        group.wait()
         yield
     with contextlib.suppress(OSError):
         (out / "lock").unlink()
@@ -91,6 +97,15 @@ class StopSignal:
 
     signal: int | None = None
 
+    def asked(self, group: Group, together: bool) -> bool:
+        """Whether to stop now. Several processes stop at the same step: where they are `together` anyway, to log."""
+        if group.size == 1:
+            return self.signal is not None
+        flag = torch.tensor(float(self.signal is not None), device=group.device)
+        if together:
+            group.sum(flag)
+        return together and bool(flag)
+
     def __enter__(self):
         def note(number, frame):
             self.signal = number
@@ -102,19 +117,40 @@ class StopSignal:
             signal.signal(number, handler)
 
 
+def stop_here(out: Path, parts: dict[str, object], state: dict, step: int, stop: StopSignal, group: Group) -> Stopped:
+    """Save the run's state and return the exception that ends it."""
+    if group.main:
+        save_state(out, parts, state)
+    return Stopped(stop.signal or signal.SIGTERM, f"stopped after step {step}; go on with: python train.py --resume {out}")
+
+
+def save_checkpoint(out: Path, step: int, description: dict, decoder: Decoder, best: bool) -> None:
+    """Write checkpoints/model-<step>.pt, and model.pt too when it is the best so far."""
+    models.save_model(out / "checkpoints" / f"model-{step:08d}.pt", description, decoder)
+    if best:
+        models.save_model(out / "model.pt", description, decoder)
+
+
+def open_tracker(account: tracking.Account, config: dict, out: Path, args: argparse.Namespace, group: Group) -> tracking.Tracker:
+    """Open the run's log, added to when resuming; in the other processes of a group, one that logs nothing."""
+    if not group.main:
+        return tracking.start(account._replace(mode="disabled"), "train", config)
+    return tracking.start(account, "train", config, out / "log.jsonl", append=bool(args.resume))
+
+
 def save_state(out: Path, parts: dict[str, object], state: dict) -> None:
     """Write last.pt, from which a run goes on: the state of the decoder, optimiser and so on, and the counters."""
     models.save_plain(out / "last.pt", {**{name: part.state_dict() for name, part in parts.items()}, "run": state})
 
 
-def load_state(out: Path, parts: dict[str, object], state: dict) -> None:
+def load_state(out: Path, parts: dict[str, object], state: dict, group: Group) -> None:
     """Put `parts` and `state` back as last.pt has them, and drop log lines past it. Without last.pt: from the start."""
     if (out / "last.pt").exists():
         saved = models.load_plain(out / "last.pt", {*parts, "run"})
         for name, part in parts.items():
             part.load_state_dict(saved[name])
         state.update(saved["run"] | {"total": saved["run"]["total"].to(state["total"].device)})
-    for name in ("log.jsonl", TIMES):
+    for name in ("log.jsonl", TIMES) if group.main else ():
         lines = (out / name).read_text(encoding="utf-8").splitlines(keepends=True) if (out / name).exists() else []
         write_text(out / name, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] < state["step"]))
 
@@ -134,14 +170,14 @@ def read_log(out: Path) -> list[dict]:
 # --- pictures ----------------------------------------------------------------------------------
 
 
-def write_overlay(out: Path, step: int, decoder: Decoder, split: Split, tracker: Tracker) -> None:
+def write_overlay(out: Path, step: int, decoder: Decoder, split: Split, tracker: tracking.Tracker) -> None:
     """Write predictions/<step>.png: the middle frame of a split with prediction and truth; black where the frame is gone."""
-    index = split.index[len(split.index) // 2:][:1]
+    index = split.own()[len(split.own()) // 2:][:1]
     decoder.eval()
     prediction = metrics.foreground(next(models.predict(decoder, split.features, index))[0].cpu().numpy())
     decoder.train()
     folder, number = split.folder, int(index)
-    mask = np.unpackbits(gather(split.masks, index, torch.device("cpu"))[0].numpy(), axis=1, count=folder.size[1]).astype(bool)
+    mask = np.unpackbits(gather(split.masks, index, torch.device("cpu"), split.features.group)[0].numpy(), axis=1, count=folder.size[1]).astype(bool)
     frame = clips.read_image_or_black(folder_frames(folder)[number], folder.size)
     with whole_file(out / "predictions" / f"{step:08d}.png") as temporary:
         iio.imwrite(temporary, pictures.overlay(frame, prediction, mask), extension=".png")

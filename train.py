@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 import data
+import distributed
 import metrics
 import models
 import pictures
@@ -22,7 +23,7 @@ import resident
 import runs
 import tracking
 from cli import Parser, add_run_flags, choose_device, positive_int, progress, run
-from files import Stopped, plain, refuse_existing, write_json
+from files import plain, refuse_existing, write_json
 from models import DECODERS, Decoder, Recipe
 
 
@@ -90,28 +91,31 @@ def choose_recipe(args: argparse.Namespace) -> Recipe:
 def validate(decoder: Decoder, split: resident.Split) -> float:
     """Return the contest's mean IoU of the decoder on a split (at the size the featurizer saw)."""
     decoder.eval()
-    ious = []
-    for index, pixels in zip(split.index.split(32), models.predict(decoder, split.features, split.index)):
-        masks = resident.gather(split.masks, index, pixels.device)
-        ious.append(metrics.contest_iou(metrics.pack(metrics.foreground(pixels)), masks))
+    group, device, own = split.features.group, split.features.device, split.own()
+    total, count = torch.zeros(2, device=device).unbind()
+    for index, pixels in zip(own.split(32), models.predict(decoder, split.features, own)):
+        masks = resident.gather(split.masks, index, device, group)
+        iou = metrics.contest_iou(metrics.pack(metrics.foreground(pixels)), masks)
+        total += iou.nansum().to(total.dtype)
+        count += iou.isfinite().sum()
+    group.sum(total, count)
     decoder.train()
-    return float(torch.cat(ious).nanmean().nan_to_num())
+    return float(total / count.clamp_min(1))
 
 
 def train(args: argparse.Namespace, recipe: Recipe, training: resident.Split, validation: resident.Split | None, levels: list[str],
           out: Path, account: tracking.Account, used: list[str | None]) -> tuple[float | None, Decoder]:
     """Train one decoder and write its run folder. Returns the best val IoU (None without validation) and the decoder."""
-    device, folder = training.features.device, training.folder
+    folder, device, group = training.folder, training.features.device, training.features.group
     frames, log_every = len(training.index), args.log_every or max(1, recipe.steps // 10)
     shapes = {level: tuple(folder.meta["levels"][level]) for level in levels}
     torch.manual_seed(args.seed)  # immediately before the decoder: its first weights are a function of the seed alone
     decoder = models.make_decoder(args.decoder, shapes, folder.size).to(device)
     decoder.standardise(training.features, training.index)
     description = models.describe(args.decoder, folder, levels)
-    print_rules(decoder, description, recipe, frames)
+    if group.main:
+        print_rules(decoder, description, recipe, frames)
 
-    rows, columns = decoder.cells()
-    area = (torch.bincount(rows)[:, None] * torch.bincount(columns) / math.prod(folder.size)).to(device)  # [gh, gw]
     kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
     optimizer = kinds[recipe.optimizer](decoder.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
     schedule = make_schedule(optimizer, recipe)
@@ -120,30 +124,31 @@ def train(args: argparse.Namespace, recipe: Recipe, training: resident.Split, va
     parts = {"decoder": decoder, "optimizer": optimizer, "schedule": schedule} | ({"average": average} if average else {})
     state = {"step": 0, "best": -1.0, "since_best": 0, "total": torch.zeros((), device=device), "count": 0}
     if args.resume:
-        runs.load_state(out, parts, state)
+        runs.load_state(out, parts, state, group)
     forward = torch.compile(decoder) if args.compile else decoder
     kept = average.module if average else decoder  # what is validated and saved
-    stop = runs.StopSignal()
+
+    rows, columns = decoder.cells()
+    area = (torch.bincount(rows)[:, None] * torch.bincount(columns) / math.prod(folder.size)).to(device)  # [gh, gw]
     steps = range(state["step"], recipe.steps)
     orders = (resident.batch_order(step, frames, recipe.batch, args.seed if recipe.shuffle else None) for step in steps)
     batches = resident.batches(training, orders, (rows, columns))
-    bar = progress(steps, "train")
-
     config = {**plain(args), **recipe._asdict(), "frames": frames}
-    with stop, tracking.start(account, "train", config, out / "log.jsonl", append=bool(args.resume)) as tracker:
+    with runs.StopSignal() as stop, runs.open_tracker(account, config, out, args, group) as tracker:
         for name in used:
             tracker.use(name)
         if args.log_gradients:
             tracker.watch(decoder, log_every)
         decoder.train()
         started, seen = time.perf_counter(), 0
-        for step, (_, levels_in, target) in zip(bar, batches):  # [B, C, h, w] each, [B, gh, gw]
+        for step, batch in zip(progress(steps, "train"), batches):
             torch.manual_seed(args.seed + 1 + step)  # what is random in a step depends on the seed and the step alone
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                output = forward(levels_in)  # [B, gh, gw]
-                loss = decoder.loss(output, target, area)
+                output = forward(batch.levels)  # [B, gh, gw]
+                loss = decoder.loss(output, batch.target, area).sum() / batch.size
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            group.sum_gradients(decoder)
             optimizer.step()
             schedule.step()
             if average:
@@ -151,9 +156,11 @@ def train(args: argparse.Namespace, recipe: Recipe, training: resident.Split, va
             state["total"] += loss.detach()
             state["count"] += 1
             state["step"] = step + 1
-            seen += len(target)
+            seen += batch.size
 
-            if step % log_every == 0 or step + 1 == recipe.steps:  # here, and only here, the host waits for the device
+            logging = step % log_every == 0 or step + 1 == recipe.steps
+            if logging:  # here, and only here, the host waits for the device
+                group.sum(state["total"])
                 row = {"loss": float(state["total"]) / state["count"], "lr": optimizer.param_groups[0]["lr"]}
                 state["total"].zero_()
                 state["count"] = 0
@@ -161,26 +168,25 @@ def train(args: argparse.Namespace, recipe: Recipe, training: resident.Split, va
                 if validation:
                     row["val_iou"] = validate(kept, validation)
                     state["since_best"] = 0 if row["val_iou"] > state["best"] else state["since_best"] + 1
-                if not validation or state["since_best"] == 0:
-                    state["best"] = row.get("val_iou", -1.0)
-                    models.save_model(out / "model.pt", {**description, "step": step}, kept)
-                models.save_model(out / "checkpoints" / f"model-{step:08d}.pt", {**description, "step": step}, kept)
-                tracker.log(step, row)
-                runs.append_line(out / runs.TIMES, {"step": step, "seconds": round(seconds, 3), "frames_per_second": round(seen / seconds, 1)})
-                if not args.no_pictures:
-                    runs.write_overlay(out, step, kept, validation or training, tracker)
-                runs.save_state(out, parts, state)
-                bar.set_postfix({key: f"{value:.4g}" for key, value in row.items()})
+                is_best = not validation or state["since_best"] == 0
+                state["best"] = row.get("val_iou", -1.0) if is_best else state["best"]
+                if group.main:
+                    runs.save_checkpoint(out, step, {**description, "step": step}, kept, is_best)
+                    tracker.log(step, row)
+                    runs.append_line(out / runs.TIMES, {"step": step, "seconds": round(seconds, 3),
+                                                        "frames_per_second": round(seen / seconds, 1)})
+                    if not args.no_pictures:
+                        runs.write_overlay(out, step, kept, validation or training, tracker)
+                    runs.save_state(out, parts, state)
             if args.patience and state["since_best"] >= args.patience:
                 break
-            if stop.signal:
-                runs.save_state(out, parts, state)
-                raise Stopped(stop.signal, f"stopped at step {step}; go on with: python train.py --resume {out}")
+            if stop.asked(group, logging):
+                raise runs.stop_here(out, parts, state, step, stop, group)
         best = state["best"] if validation else None
         metadata = {"val_iou": best, "nparams": models.count_all(decoder, description), "steps": state["step"], **config}
         tracker.summary({key: metadata[key] for key in ("val_iou", "nparams")})
         tracking.log_model(tracker, args.decoder, out / "model.pt", sorted((out / "checkpoints").glob("*.pt")), metadata)
-    if not args.no_pictures:
+    if group.main and not args.no_pictures:
         pictures.write_curves(out / "curves.svg", runs.read_log(out))
     return best, kept
 
@@ -209,9 +215,9 @@ def main() -> None:
     account = tracking.from_flags(args)
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = choose_device(args.device)
+    group, device = distributed.join(choose_device(args.device))
     recipe = choose_recipe(args)
-    out = args.out or Path("runs") / args.decoder
+    out = args.out or Path("runs") / (tracking.sweep_run_id() or args.decoder)
     fetched = [tracking.fetch(source, account) for source in (args.features, args.val_features) if source]
     folders = [data.open_features(path) for path, _ in fetched]
     used = [name for _, name in fetched]
@@ -219,27 +225,29 @@ def main() -> None:
     for folder in folders:
         data.check_levels(folder, levels)
     models.check_same_features(folders, levels)
-    if not args.resume:
+    if not args.resume and group.main:
         refuse_existing(out, args.overwrite)
-    total = sum(math.prod(folder.meta["levels"][level]) * folder.frames for folder in folders for level in levels)
-    print(f"{' and '.join(str(folder.path) for folder in folders)}: {', '.join(levels)}, {total / 1e6:,.0f} million values to {device}")
-    place = resident.choose_resident(args.resident, folders, levels, device)
-    splits = [resident.load_split(folder, levels, device, place, not args.no_verify) for folder in folders]
+    place = resident.choose_resident(args.resident, folders, levels, device, group)
+    if group.main:
+        total = sum(folder.files[level].stat().st_size for folder in folders for level in levels)
+        print(f"{' and '.join(str(folder.path) for folder in folders)}: levels {', '.join(levels)}, {total / 1e6:,.0f} MB "
+              f"to {'disk (read as needed)' if place == 'disk' else device if place == 'device' else 'host memory'}")
+    splits = [resident.load_split(folder, levels, device, place, not args.no_verify, group) for folder in folders]
 
-    with runs.own_folder(out, fresh=not args.resume):
-        if not args.resume:
+    with runs.own_folder(out, fresh=not args.resume, group=group):
+        if not args.resume and group.main:
             runs.write_args(args, recipe, folders, out)
         training, validation = splits[0], splits[1] if len(splits) > 1 else None
-        names = training.folder.meta["clips"]
         if args.folds:
             train_folds(args, recipe, training, levels, out, account, used)
             return
         if args.holdout and validation is None:
-            kept, held = resident.split_clips(names, args.holdout, args.seed)
+            kept, held = resident.split_clips(training.folder.meta["clips"], args.holdout, args.seed)
             training, validation = resident.select(training, kept), resident.select(training, held)
         best, _ = train(args, recipe, training, validation, levels, out, account, used)
-    print(f"wrote {out}: model.pt" + (f", val IoU {best:.4f}" if best is not None else ""))
-    print(f"next: python evaluate.py --model {out} --features {args.val_features or 'FEATURES'}")
+    if group.main:
+        print(f"wrote {out}: model.pt" + (f", val IoU {best:.4f}" if best is not None else ""))
+        print(f"next: python evaluate.py --model {out} --features {args.val_features or 'FEATURES'}")
 
 
 def train_folds(args, recipe: Recipe, training: resident.Split, levels: list[str], out: Path, account, used) -> None:
@@ -251,8 +259,9 @@ def train_folds(args, recipe: Recipe, training: resident.Split, levels: list[str
         best, decoder = train(args, recipe, resident.select(training, kept), resident.select(training, held), levels, out / f"fold-{fold}", account, used)
         ious.append(validate(decoder, resident.select(training, held)))
         print(f"fold {fold}: val IoU {ious[-1]:.4f} at the last step, {best:.4f} at the best")
-    write_json(out / "folds.json", {"val_iou": ious, "mean": float(np.mean(ious))})
-    print(f"wrote {out}: mean IoU of {args.folds} folds {np.mean(ious):.4f} at the last step")
+    if training.features.group.main:
+        write_json(out / "folds.json", {"val_iou": ious, "mean": float(np.mean(ious))})
+        print(f"wrote {out}: mean IoU of {args.folds} folds {np.mean(ious):.4f} at the last step")
 
 
 if __name__ == "__main__":
