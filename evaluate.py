@@ -24,6 +24,7 @@ import imageio.v3 as iio
 import numpy as np
 import torch
 
+import checkpoints
 import clips
 import data
 import featurizers
@@ -123,7 +124,7 @@ def featurize(frames: list[clips.Frame], sizes: list[tuple[int, int]], model: di
     for _ in progress(range(0, len(frames), args.batch_size), "featurize"):
         batch = featurizers.run_featurizer(featurizer, list(itertools.islice(images, args.batch_size)), size, device)
         parts.append([level.half() for name, level in zip(featurizer.levels, batch) if name in levels])
-    decoder = models.rebuild(model, decoder.state_dict(), {level: shapes[level] for level in levels}, size).to(device)
+    decoder = checkpoints.rebuild(model, decoder.state_dict(), {level: shapes[level] for level in levels}, size).to(device)
     return decoder, resident.Features([torch.cat(level) for level in zip(*parts)], device)
 
 
@@ -239,14 +240,14 @@ def main() -> None:
     else:
         path, name = tracking.fetch(args.model, account)
         used.append(name)
-        decoder, model = models.load_model(path)
+        decoder, model = checkpoints.load_model(path)
         out = args.out or Path("results") / default_name(path, model)
         refuse_existing(out, args.overwrite)
         if args.features:
             path, name = tracking.fetch(args.features, account)
             used.append(name)
             folder = data.open_features(path)
-            models.check_fit(model, args.model, folder)
+            checkpoints.check_fit(model, args.model, folder)
             place = resident.choose_resident(args.resident, [folder], list(model["shapes"]), device)
             source = open_source(folder, args.data, not args.no_verify)
             features = resident.load_features(folder, list(model["shapes"]), device, place, not args.no_verify)

@@ -1,4 +1,4 @@
-"""Decoders: small networks that turn feature maps into masks. And saving, loading and running them.
+"""Decoders: small networks that turn feature maps into masks. And running them.
 
 To add one, write a class like `Linear` below and name it in DECODERS: train.py, evaluate.py and package.py
 then know it. A decoder predicts on a grid of its own, coarser than the frame. Its targets are the share
@@ -8,9 +8,7 @@ decoder costs and not what the frame's pixels would.
 B batch, C channels, h w feature grid, gh gw the decoder's grid, H W frame.
 """
 import copy
-import io
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -18,8 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import FeatureFolder
-from files import BadInput, whole_file
+from files import BadInput
 from resident import Features
 
 Shapes = dict[str, tuple[int, int, int]]  # level: (C, h, w), coarse to fine
@@ -184,7 +181,7 @@ def pooling(cells: int, pixels: int) -> tuple[torch.Tensor, torch.Tensor]:
     return chosen / chosen.sum(1, keepdim=True), group
 
 
-# --- making, saving, loading -------------------------------------------------------------------
+# --- making, counting --------------------------------------------------------------------------
 
 
 def make_decoder(name: str, shapes: Shapes, size: tuple[int, int]) -> Decoder:
@@ -192,93 +189,6 @@ def make_decoder(name: str, shapes: Shapes, size: tuple[int, int]) -> Decoder:
     if name not in DECODERS:
         raise BadInput(f"decoder {name!r}: unknown; there are {', '.join(DECODERS)}")
     return DECODERS[name](shapes, size)
-
-
-def describe(decoder_name: str, folder: FeatureFolder, levels: list[str]) -> dict:
-    """What a model must remember to be run again: everything in model.pt but its weights."""
-    meta = folder.meta
-    return {"decoder": decoder_name, "featurizer": meta["featurizer"], "weights": meta["weights"],
-            "shapes": {level: list(meta["levels"][level]) for level in levels}, "size": list(meta["size"]),
-            "featurizer_levels": list(meta["levels"]), "featurizer_parameters": meta["parameters"],
-            "featurizer_flops": meta["flops_per_frame"]}
-
-
-def save_model(path: Path, description: dict, decoder: nn.Module) -> None:
-    """Write model.pt: a plain dict of `description` and the state dict. The same values give the same bytes."""
-    state = {key: value.detach().cpu().contiguous() for key, value in decoder.state_dict().items()}
-    save_plain(path, {**description, "state": state})
-
-
-def save_plain(path: Path, value: dict) -> None:
-    """Write a dict of tensors and plain values, whole or not at all."""
-    buffer = io.BytesIO()  # written to a file, the archive would hold the file's temporary name
-    torch.save(value, buffer)
-    with whole_file(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
-
-
-def load_plain(path: Path, keys: set[str]) -> dict:
-    """Read a dict written by `save_plain`, running no code from it. Raises BadInput when it is not one with `keys`."""
-    if not path.is_file():
-        raise BadInput(f"{path}: no such file; train.py writes model.pt")
-    try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling damaged bytes raises every kind
-        raise BadInput(f"{path}: cannot be read as a checkpoint ({(str(error) or type(error).__name__).splitlines()[0][:200]})") from error
-    if not isinstance(value, dict) or not keys <= value.keys():
-        missing = keys - (value.keys() if isinstance(value, dict) else set())
-        raise BadInput(f"{path}: expected a checkpoint of train.py, which has {', '.join(sorted(missing))}")
-    return value
-
-
-def load_model(path: Path) -> tuple[Decoder, dict]:
-    """Return the decoder of a model.pt (or of the run folder that holds it), in eval mode, and its description.
-
-    The description is what `describe` made. Raises BadInput when it is not a checkpoint of train.py, or does not fit the decoder it names.
-    """
-    path = Path(path)
-    path = path / "model.pt" if path.is_dir() else path
-    keys = {"decoder", "featurizer", "weights", "shapes", "size", "featurizer_levels", "featurizer_parameters",
-            "featurizer_flops", "state"}
-    model = load_plain(path, keys)
-    try:
-        state = model.pop("state")
-        decoder = rebuild(model, state, model["shapes"], model["size"])
-    except BadInput as error:
-        raise BadInput(f"{path}: {error}") from error
-    except Exception as error:  # a damaged description can break a decoder's constructor in any way
-        reason = " ".join(str(error).split())[:200]
-        raise BadInput(f"{path}: does not fit the decoder {model['decoder']!r} it names ({reason})") from error
-    return decoder, model
-
-
-def rebuild(model: dict, state: dict, shapes: dict, size: tuple[int, int]) -> Decoder:
-    """Make the decoder of a description for feature maps of `shapes` and frames of `size`, with the weights `state`."""
-    decoder = make_decoder(model["decoder"], {level: tuple(shape) for level, shape in shapes.items()}, tuple(size))
-    decoder.load_state_dict(state)
-    return decoder.eval()
-
-
-def check_fit(model: dict, path: Path, folder: FeatureFolder) -> None:
-    """Raise BadInput unless the features are the model's: featurizer, weights, levels, shapes and frame size."""
-    meta = folder.meta
-    pairs = [("featurizer", model["featurizer"], meta["featurizer"])]
-    if model["featurizer_levels"] == list(meta["levels"]):  # the digest covers the weights that the levels need
-        pairs += [("weights digest", model["weights"], meta["weights"])]
-    pairs += [(f"level {level}", list(shape), meta["levels"].get(level)) for level, shape in model["shapes"].items()]
-    pairs += [("frame size", list(model["size"]), list(meta["size"]))]
-    for what, wanted, found in pairs:
-        if wanted != found:
-            raise BadInput(f"{folder.path}: {what} is {found}, but {path} was trained on {wanted}; "
-                           "featurize these clips as the model's training clips were")
-
-
-def check_same_features(folders: list[FeatureFolder], levels: list[str]) -> None:
-    """Raise BadInput unless all folders hold the same featurizer's features at one frame size."""
-    first = folders[0]
-    model = describe("", first, levels)
-    for other in folders[1:]:
-        check_fit(model, first.path, other)
 
 
 def count_parameters(module: nn.Module) -> int:

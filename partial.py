@@ -16,7 +16,6 @@ from data import ArrayWriter, as_column
 from distributed import Group
 from files import BadInput, read_json, refuse_existing, sha256, try_lock, write_json
 
-
 ALONE = Group()
 
 

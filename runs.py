@@ -17,6 +17,7 @@ import imageio.v3 as iio
 import numpy as np
 import torch
 
+import checkpoints
 import clips
 import metrics
 import models
@@ -126,9 +127,9 @@ def stop_here(out: Path, parts: dict[str, object], state: dict, step: int, stop:
 
 def save_checkpoint(out: Path, step: int, description: dict, decoder: Decoder, best: bool) -> None:
     """Write checkpoints/model-<step>.pt, and model.pt too when it is the best so far."""
-    models.save_model(out / "checkpoints" / f"model-{step:08d}.pt", description, decoder)
+    checkpoints.save_model(out / "checkpoints" / f"model-{step:08d}.pt", description, decoder)
     if best:
-        models.save_model(out / "model.pt", description, decoder)
+        checkpoints.save_model(out / "model.pt", description, decoder)
 
 
 def open_tracker(account: tracking.Account, config: dict, out: Path, args: argparse.Namespace, group: Group) -> tracking.Tracker:
@@ -140,13 +141,13 @@ def open_tracker(account: tracking.Account, config: dict, out: Path, args: argpa
 
 def save_state(out: Path, parts: dict[str, object], state: dict) -> None:
     """Write last.pt, from which a run goes on: the state of the decoder, optimiser and so on, and the counters."""
-    models.save_plain(out / "last.pt", {**{name: part.state_dict() for name, part in parts.items()}, "run": state})
+    checkpoints.save_plain(out / "last.pt", {**{name: part.state_dict() for name, part in parts.items()}, "run": state})
 
 
 def load_state(out: Path, parts: dict[str, object], state: dict, group: Group) -> None:
     """Put `parts` and `state` back as last.pt has them, and drop log lines past it. Without last.pt: from the start."""
     if (out / "last.pt").exists():
-        saved = models.load_plain(out / "last.pt", {*parts, "run"})
+        saved = checkpoints.load_plain(out / "last.pt", {*parts, "run"})
         for name, part in parts.items():
             part.load_state_dict(saved[name])
         state.update(saved["run"] | {"total": saved["run"]["total"].to(state["total"].device)})

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import checkpoints
 import data
 import distributed
 import metrics
@@ -112,7 +113,7 @@ def train(args: argparse.Namespace, recipe: Recipe, training: resident.Split, va
     torch.manual_seed(args.seed)  # immediately before the decoder: its first weights are a function of the seed alone
     decoder = models.make_decoder(args.decoder, shapes, folder.size).to(device)
     decoder.standardise(training.features, training.index)
-    description = models.describe(args.decoder, folder, levels)
+    description = checkpoints.describe(args.decoder, folder, levels)
     if group.main:
         print_rules(decoder, description, recipe, frames)
 
@@ -224,7 +225,7 @@ def main() -> None:
     levels = args.levels.split(",") if args.levels else list(folders[0].meta["levels"])
     for folder in folders:
         data.check_levels(folder, levels)
-    models.check_same_features(folders, levels)
+    checkpoints.check_same_features(folders, levels)
     if not args.resume and group.main:
         refuse_existing(out, args.overwrite)
     place = resident.choose_resident(args.resident, folders, levels, device, group)

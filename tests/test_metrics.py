@@ -1,7 +1,6 @@
 """metrics.py against its slow reference, closed-form cases, and the toolkit's figures for 420 real frames."""
 import json
 import math
-import warnings
 from pathlib import Path
 
 import imageio.v3 as iio

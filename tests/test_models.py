@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from helpers import NotebookDecoder, change_json, cut, random_masks, write_features
 from test_featurizers import Harmful
 
+import checkpoints
 import data
 import models
 import resident
@@ -159,19 +160,19 @@ def saved(tmp_path):
     folder = data.open_features(tmp_path / "features")
     torch.manual_seed(0)
     decoder = make_decoder("linear", {"s32": SHAPE}, SIZE)
-    description = models.describe("linear", folder, ["s32"])
-    models.save_model(tmp_path / "model.pt", description, decoder)
+    description = checkpoints.describe("linear", folder, ["s32"])
+    checkpoints.save_model(tmp_path / "model.pt", description, decoder)
     return folder, tmp_path / "model.pt", decoder, description
 
 
 def test_a_model_comes_back_as_it_was_saved(saved, tmp_path):
     folder, path, decoder, description = saved
-    loaded, model = models.load_model(path)
+    loaded, model = checkpoints.load_model(path)
     assert model == description and not loaded.training
     assert all(torch.equal(value, decoder.state_dict()[key]) for key, value in loaded.state_dict().items())
     assert models.count_all(loaded, model) == 1000 + 6 + 1
-    assert models.load_model(tmp_path)[1] == model  # or the folder it is in
-    models.check_fit(model, path, folder)
+    assert checkpoints.load_model(tmp_path)[1] == model  # or the folder it is in
+    checkpoints.check_fit(model, path, folder)
     plain = torch.load(path, weights_only=True)
     assert plain["decoder"] == "linear" and isinstance(plain["state"], dict)
 
@@ -179,7 +180,7 @@ def test_a_model_comes_back_as_it_was_saved(saved, tmp_path):
 def test_the_same_model_is_the_same_bytes(saved, tmp_path):
     _, path, decoder, description = saved
     (tmp_path / "elsewhere").mkdir()
-    models.save_model(tmp_path / "elsewhere" / "other-name.pt", description, decoder)
+    checkpoints.save_model(tmp_path / "elsewhere" / "other-name.pt", description, decoder)
     assert (tmp_path / "elsewhere" / "other-name.pt").read_bytes() == path.read_bytes()
 
 
@@ -208,14 +209,14 @@ def test_a_checkpoint_that_is_none_is_refused(saved, case):
     path, (harm, words) = saved[1], BAD_MODELS[case]
     harm(path)
     with pytest.raises(BadInput) as caught:
-        models.load_model(path)
+        checkpoints.load_model(path)
     assert words in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_checkpoint_that_would_run_code_does_not(saved, tmp_path):
     torch.save({"decoder": Harmful(tmp_path / "harm")}, saved[1])
     with pytest.raises(BadInput, match="cannot be read as a checkpoint"):
-        models.load_model(saved[1])
+        checkpoints.load_model(saved[1])
     assert not (tmp_path / "harm").exists()
 
 
@@ -231,7 +232,7 @@ def test_features_of_another_featurizer_do_not_fit(saved, case):
     changes, words = MISFITS[case]
     change_json(folder.path / "meta.json", **changes)
     with pytest.raises(BadInput, match=words) as caught:
-        models.check_fit(description, path, open_features(folder.path))
+        checkpoints.check_fit(description, path, open_features(folder.path))
     assert str(folder.path) in str(caught.value) and str(path) in str(caught.value)
 
 
@@ -244,18 +245,18 @@ def test_features_of_another_featurizer_do_not_fit(saved, case):
 def test_features_of_another_shape_do_not_fit(saved, tmp_path, options, words):
     write_features(tmp_path / "other", {"dog": 2}, **options)
     with pytest.raises(BadInput, match=words):
-        models.check_fit(saved[3], saved[1], open_features(tmp_path / "other"))
+        checkpoints.check_fit(saved[3], saved[1], open_features(tmp_path / "other"))
 
 
 def test_a_folder_with_more_levels_fits_when_it_has_the_models(saved, tmp_path):
     """The digest covers the weights that the levels need, so it differs and is not compared."""
     write_features(tmp_path / "other", {"dog": 2}, levels={"s32": SHAPE, "s16": (4, 14, 18)}, weights="fedcba9876543210")
-    models.check_fit(saved[3], saved[1], open_features(tmp_path / "other"))
+    checkpoints.check_fit(saved[3], saved[1], open_features(tmp_path / "other"))
 
 
 def test_folders_to_train_on_together_must_agree(saved, tmp_path):
     write_features(tmp_path / "val", {"dog": 2}, weights="fedcba9876543210")
     folders = [saved[0], open_features(tmp_path / "val")]
     with pytest.raises(BadInput, match="weights digest"):
-        models.check_same_features(folders, ["s32"])
-    models.check_same_features(folders[:1] * 2, ["s32"])
+        checkpoints.check_same_features(folders, ["s32"])
+    checkpoints.check_same_features(folders[:1] * 2, ["s32"])
