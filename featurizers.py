@@ -48,8 +48,12 @@ class Featurizer(nn.Module):
 
 
     def shapes(self, size: tuple[int, int]) -> dict[str, list[int]]:
-        """Return {level: [C, h, w]} for frames of `size` = (H, W), without computing."""
-        maps = copy.deepcopy(self).to("meta")(torch.empty(1, 3, *size, dtype=torch.uint8, device="meta"))
+        """Return {level: [C, h, w]} for frames of `size` = (H, W), without computing. Raises BadInput for too small ones."""
+        try:
+            maps = copy.deepcopy(self).to("meta")(torch.empty(1, 3, *size, dtype=torch.uint8, device="meta"))
+        except RuntimeError as error:  # a pooling or convolution that has nothing left to work on
+            raise BadInput(f"frames of {size[1]} x {size[0]} are too small for {self.name}'s levels {', '.join(self.levels)} "
+                           f"({str(error).splitlines()[0]}); pass a larger --size or finer --levels") from error
         return {level: list(value.shape[1:]) for level, value in zip(self.levels, maps)}
 
 
@@ -148,7 +152,7 @@ def known(levels: list[str], there: "dict | tuple", name: str) -> list[str]:
     """Return `levels`. Raises BadInput for one that the featurizer does not have."""
     for level in levels:
         if level not in there:
-            raise BadInput(f"--levels {level}: {name} has {', '.join(there)}")
+            raise BadInput(f"--levels {level}: {name} has {', '.join(there) or 'no map at a stride of 2 to 32'}")
     return levels
 
 

@@ -134,6 +134,7 @@ def test_levels_at_half_size_see_the_frame_at_half_size():
     ("alexnet", ["s2"], "--levels s2: alexnet has s4, s8, s16, s32"),
     ("efficientnet_lite0", ["s64"], "--levels s64: efficientnet_lite0 has"),
     ("alexnet", ["16"], "--levels 16: expected a stride"),
+    ("squeezenet1_1", None, "--levels s32: squeezenet1_1 has no map at a stride of 2 to 32"),
 ])
 def test_unknown_names_are_refused_with_those_there_are(name, levels, words):
     with pytest.raises(BadInput) as caught:
