@@ -24,6 +24,7 @@ import imageio.v3 as iio
 import numpy as np
 import torch
 
+import artifacts
 import checkpoints
 import clips
 import data
@@ -238,13 +239,13 @@ def main() -> None:
         pixels: Iterable[np.ndarray] = clips.in_threads(lambda file: clips.decode(file, "L"), files, threads, 64)
         decoder_name = args.predictions.resolve().name
     else:
-        path, name = tracking.fetch(args.model, account)
+        path, name = artifacts.fetch(args.model, account)
         used.append(name)
         decoder, model = checkpoints.load_model(path)
         out = args.out or Path("results") / default_name(path, model)
         refuse_existing(out, args.overwrite)
         if args.features:
-            path, name = tracking.fetch(args.features, account)
+            path, name = artifacts.fetch(args.features, account)
             used.append(name)
             folder = data.open_features(path)
             checkpoints.check_fit(model, args.model, folder)

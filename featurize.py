@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import artifacts
 import clips
 import data
 import distributed
@@ -131,7 +132,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     group, device = distributed.join(choose_device(args.device))
     say = print if group.main else (lambda text: None)
-    root, used = tracking.fetch(args.data, account)
+    root, used = artifacts.fetch(args.data, account)
     artifact = used and used.rpartition("/")[2].partition(":")[0]  # davis2016-train
     split = args.split or (artifact.rpartition("-")[2] if artifact else root.resolve().stem)
     out = args.out or Path("features") / f"{args.featurizer}-{split}"

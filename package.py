@@ -11,6 +11,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import artifacts
 import clips
 import tracking
 from cli import Parser, add_run_flags, progress, run
@@ -121,7 +122,7 @@ def write_zip(folder: Path, names: list[str], out: Path) -> None:
 def main() -> int:
     args = parse_args()
     account = tracking.from_flags(args)
-    folder, used = tracking.fetch(args.results, account)
+    folder, used = artifacts.fetch(args.results, account)
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such results folder; evaluate.py makes one")
     out = args.out or folder.with_name(folder.name + ".zip")

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import artifacts
 import checkpoints
 import data
 import distributed
@@ -219,7 +220,7 @@ def main() -> None:
     group, device = distributed.join(choose_device(args.device))
     recipe = choose_recipe(args)
     out = args.out or Path("runs") / (tracking.sweep_run_id() or args.decoder)
-    fetched = [tracking.fetch(source, account) for source in (args.features, args.val_features) if source]
+    fetched = [artifacts.fetch(source, account) for source in (args.features, args.val_features) if source]
     folders = [data.open_features(path) for path, _ in fetched]
     used = [name for _, name in fetched]
     levels = args.levels.split(",") if args.levels else list(folders[0].meta["levels"])

@@ -14,6 +14,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 
+import artifacts
 import files
 import tracking
 
@@ -205,6 +206,7 @@ def test_without_wandb_installed():
     script = """
 import argparse, sys
 sys.modules["wandb"] = None  # what an import of a package that is not installed comes to
+import artifacts
 import tracking
 from files import BadInput
 parser = argparse.ArgumentParser()
@@ -213,7 +215,7 @@ with tracking.start(tracking.from_flags(parser.parse_args([])), "train", {}, log
     tracker.log(0, {"loss": 1.0})
     tracking.log_model(tracker, "linear", "m", [], {})
 for act in (lambda: tracking.from_flags(parser.parse_args(["--wandb", "offline"])),
-            lambda: tracking.fetch("wandb:e/p/n:latest", tracking.from_flags(parser.parse_args([])))):
+            lambda: artifacts.fetch("wandb:e/p/n:latest", tracking.from_flags(parser.parse_args([])))):
     try:
         act()
     except BadInput as error:
@@ -369,7 +371,7 @@ def test_best_stays_with_the_higher_iou(tmp_path, server):
 
 
 def test_a_path_is_not_fetched(tmp_path):
-    assert tracking.fetch(str(tmp_path), account("disabled")) == (tmp_path, None)
+    assert artifacts.fetch(str(tmp_path), account("disabled")) == (tmp_path, None)
 
 
 def test_features_go_up_and_come_down_the_same(tmp_path, server):
@@ -377,7 +379,7 @@ def test_features_go_up_and_come_down_the_same(tmp_path, server):
     with tracking.start(account("online"), "featurize", {}) as tracker:
         tracking.log_features(tracker, features, "alexnet", "train", {})
     runs = len(server.runs)
-    folder, used = tracking.fetch(f"wandb:{ENTITY}/davis/alexnet-featurized-train:latest", account("disabled"))
+    folder, used = artifacts.fetch(f"wandb:{ENTITY}/davis/alexnet-featurized-train:latest", account("disabled"))
     assert used == f"{ENTITY}/davis/alexnet-featurized-train:v0"
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {path.name: path.read_bytes() for path in features.iterdir()}
     assert len(server.runs) == runs  # fetching starts no run
@@ -386,31 +388,31 @@ def test_features_go_up_and_come_down_the_same(tmp_path, server):
 def test_the_cache_is_used_without_the_network(server, monkeypatch, capfd):
     server.publish("linear", "trained-model", {"final_model": b"first"})
     latest, v0 = f"wandb:{ENTITY}/davis/linear:latest", f"wandb:{ENTITY}/davis/linear:v0"
-    folder, _ = tracking.fetch(latest, account("disabled"))
+    folder, _ = artifacts.fetch(latest, account("disabled"))
     assert (folder / "model.pt").read_bytes() == b"first"
 
     server.publish("linear", "trained-model", {"final_model": b"second"})
-    newer, used = tracking.fetch(latest, account("disabled"))
+    newer, used = artifacts.fetch(latest, account("disabled"))
     assert (newer / "model.pt").read_bytes() == b"second" and used.endswith(":v1") and folder.is_dir()
 
     asked = len(server.operations)
-    assert tracking.fetch(v0, account("disabled"))[0] == folder
-    assert tracking.fetch(v0, account("offline"))[0] == folder
+    assert artifacts.fetch(v0, account("disabled"))[0] == folder
+    assert artifacts.fetch(v0, account("offline"))[0] == folder
     assert len(server.operations) == asked  # a version is for ever: nobody was asked
-    assert tracking.fetch(latest, account("offline")) == (newer, used)
+    assert artifacts.fetch(latest, account("offline")) == (newer, used)
     assert f"using v1 of {ENTITY}/davis/linear:latest from the cache" in capfd.readouterr().err
 
     server.stop()
     monkeypatch.setattr(wandb.Api, "_HTTP_TIMEOUT", 1)  # seconds; nobody will answer
-    assert tracking.fetch(latest, account("disabled")) == (newer, used)
+    assert artifacts.fetch(latest, account("disabled")) == (newer, used)
     assert "using v1" in capfd.readouterr().err
     with pytest.raises(files.BadInput, match=r"not in the cache .*not to be had"):
-        tracking.fetch(f"wandb:{ENTITY}/davis/other:latest", account("disabled"))
+        artifacts.fetch(f"wandb:{ENTITY}/davis/other:latest", account("disabled"))
 
 
 def test_offline_does_not_ask_for_what_is_not_in_the_cache(server):
     with pytest.raises(files.BadInput, match=r"not in the cache.*--wandb disabled fetches"):
-        tracking.fetch(f"wandb:{ENTITY}/davis/linear:v0", account("offline"))
+        artifacts.fetch(f"wandb:{ENTITY}/davis/linear:v0", account("offline"))
     assert server.operations == []
 
 
@@ -418,29 +420,29 @@ def test_offline_does_not_ask_for_what_is_not_in_the_cache(server):
 def test_fetching_without_logging_is_not_held_up_by_the_environment(server, monkeypatch, mode):
     monkeypatch.setenv("WANDB_MODE", mode)
     server.publish("linear", "trained-model", {"final_model": b"x"})
-    folder, _ = tracking.fetch(f"wandb:{ENTITY}/davis/linear:latest", tracking.from_flags(flags("--wandb", "disabled")))
+    folder, _ = artifacts.fetch(f"wandb:{ENTITY}/davis/linear:latest", tracking.from_flags(flags("--wandb", "disabled")))
     assert (folder / "model.pt").read_bytes() == b"x" and server.runs == {}
 
 
 def test_short_names_use_the_account(server, tmp_path):
     server.publish("linear", "trained-model", {"final_model": b"x"})
-    folder, used = tracking.fetch("wandb:linear:latest", account("disabled"))
+    folder, used = artifacts.fetch("wandb:linear:latest", account("disabled"))
     assert used == f"{ENTITY}/davis/linear:v0"
-    assert tracking.fetch("wandb:davis/linear:v0", account("offline")) == (folder, used)  # the entity is remembered
+    assert artifacts.fetch("wandb:davis/linear:v0", account("offline")) == (folder, used)  # the entity is remembered
     server.publish("other", "trained-model", {"final_model": b"x"}, project="elsewhere")
-    assert tracking.fetch("wandb:other:latest", account("disabled", project="elsewhere"))[1] == f"{ENTITY}/elsewhere/other:v0"
+    assert artifacts.fetch("wandb:other:latest", account("disabled", project="elsewhere"))[1] == f"{ENTITY}/elsewhere/other:v0"
 
 
 @pytest.mark.parametrize("source", ["wandb:", "wandb:linear", "wandb:a/b/c/d:v0", "wandb:a/b/c", "wandb:../b/c:v0",
                                     "wandb:a/b/c:..", "wandb:a/b/c:v0/x"])
 def test_malformed_references(source):
     with pytest.raises(files.BadInput, match=r"expected wandb:<entity>/<project>/<name>:<alias or version>"):
-        tracking.fetch(source, account("disabled"))
+        artifacts.fetch(source, account("disabled"))
 
 
 def test_an_artifact_that_is_not_there(server):
     with pytest.raises(files.BadInput, match=r"there is no such artifact .*nothing:latest"):
-        tracking.fetch(f"wandb:{ENTITY}/davis/nothing:latest", account("disabled"))
+        artifacts.fetch(f"wandb:{ENTITY}/davis/nothing:latest", account("disabled"))
 
 
 def test_a_tampered_download_is_refused(server):
@@ -448,11 +450,11 @@ def test_a_tampered_download_is_refused(server):
     key = f"blob/{artifact['id']}/final_model"
     server.files[key] = b"changed"  # the same size, so that only the digest can tell
     with pytest.raises(files.BadInput, match=r"final_model is not what the manifest says"):
-        tracking.fetch(f"wandb:{ENTITY}/davis/linear:latest", account("disabled"))
-    home = tracking.cache_folder() / ENTITY / "davis" / "linear"
+        artifacts.fetch(f"wandb:{ENTITY}/davis/linear:latest", account("disabled"))
+    home = artifacts.cache_folder() / ENTITY / "davis" / "linear"
     assert list(home.iterdir()) == []  # nothing half-fetched is left
     server.files[key] = b"weights"
-    folder, _ = tracking.fetch(f"wandb:{ENTITY}/davis/linear:latest", account("disabled"))
+    folder, _ = artifacts.fetch(f"wandb:{ENTITY}/davis/linear:latest", account("disabled"))
     assert (folder / "model.pt").read_bytes() == b"weights"
 
 
@@ -460,8 +462,8 @@ def test_a_tampered_download_is_refused(server):
 def test_entries_that_leave_the_folder_are_refused(server, path):
     server.publish("linear", "trained-model", {path: b"x"})
     with pytest.raises(files.BadInput, match=r"has an entry .*expected paths inside the artifact"):
-        tracking.fetch(f"wandb:{ENTITY}/davis/linear:latest", account("disabled"))
-    assert list(tracking.cache_folder().rglob("*evil*")) == []
+        artifacts.fetch(f"wandb:{ENTITY}/davis/linear:latest", account("disabled"))
+    assert list(artifacts.cache_folder().rglob("*evil*")) == []
 
 
 def test_references_to_files_elsewhere_are_refused(server):
@@ -471,13 +473,13 @@ def test_references_to_files_elsewhere_are_refused(server):
     manifest["contents"]["data"]["ref"] = "file:///etc/passwd"
     server.files[key] = json.dumps(manifest).encode()
     with pytest.raises(files.BadInput, match=r"refers to file:///etc/passwd, expected a stored file"):
-        tracking.fetch(f"wandb:{ENTITY}/davis/linear:latest", account("disabled"))
+        artifacts.fetch(f"wandb:{ENTITY}/davis/linear:latest", account("disabled"))
 
 
 def test_entries_written_on_windows_become_folders(server):
     contents = {"paths.json": b"{}", "JPEGImages\\480p\\bear\\00000.jpg": b"jpeg"}
     server.publish("davis2016-val", "dataset", contents)
-    folder, _ = tracking.fetch(f"wandb:{ENTITY}/davis/davis2016-val:latest", account("disabled"))
+    folder, _ = artifacts.fetch(f"wandb:{ENTITY}/davis/davis2016-val:latest", account("disabled"))
     assert (folder / "JPEGImages" / "480p" / "bear" / "00000.jpg").read_bytes() == b"jpeg"
 
 
