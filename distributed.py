@@ -54,6 +54,22 @@ class Group(NamedTuple):
         for parameter, part in zip(parameters, flat.split([parameter.numel() for parameter in parameters])):
             parameter.grad.copy_(part.view_as(parameter))
 
+    def interleave(self, rows: torch.Tensor, first: int, stop: int) -> torch.Tensor:
+        """Return frames first .. stop, [stop - first, ...], from every process's share of them, `rows` [n, ...]."""
+        if self.size == 1:
+            return rows
+        most = -(-(stop - first) // self.size) + 1
+        padded = torch.zeros((most, *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
+        padded[:len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(parts, padded)
+        whole = torch.empty((stop - first, *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
+        for rank, part in enumerate(parts):
+            skip = (rank - first) % self.size
+            target = whole[skip::self.size]
+            target.copy_(part[:len(target)])
+        return whole
+
     def wait(self) -> None:
         """Wait until every process is here."""
         if self.size > 1:

@@ -262,7 +262,8 @@ def main() -> None:
                     "decoder_parameters": models.count_parameters(decoder), "flops_per_frame": flops,
                     "frames": len(source.frames), "size": source.sizes[0],
                     "sizes": None if len(set(source.sizes)) == 1 else source.sizes}
-        index = torch.arange(len(source.frames), device=device)
+        features = models.look_at_clips(model["decoder"], features, [frame.clip for frame in source.frames])
+        index = torch.arange(len(source.frames))
         pixels = (frame for batch in models.predict(decoder, features, index, args.batch_size) for frame in batch.cpu().numpy())
         decoder_name, files = model["decoder"], None
 

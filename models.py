@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from data import clip_ranges
 from files import BadInput
-from resident import Features
+from resident import Features, with_clip_levels
 
 Shapes = dict[str, tuple[int, int, int]]  # level: (C, h, w), coarse to fine
 LIMIT = 50_000_000  # the contest's: parameters of featurizer and decoder must be fewer
@@ -33,6 +34,8 @@ class Recipe(NamedTuple):
     weight_decay: float = 0.0
     schedule: str = "constant"  # or "onecycle" (rises for a tenth of the steps, then falls along a cosine)
     shuffle: bool = False  # an order drawn for each epoch, instead of the frames' own
+    balanced: bool = False  # drawn so that a batch's frames come from as many clips as it can
+    clip_gradient: float = 0.0  # largest norm of all gradients together, 0 for no limit
     ema: float = 0.0  # decay of the moving average of the weights that is kept, 0 for none
 
 
@@ -40,6 +43,7 @@ class Decoder(nn.Module):
     """What decoders share: a grid of logits, its loss against soft targets, its masks at frame size."""
 
     recipe = Recipe()
+    cues = 0  # channels that `clip_cues` adds beside each level; 0 for a decoder that sees frames one by one
 
     def __init__(self, grid: tuple[int, int], size: tuple[int, int]):
         """grid: (gh, gw) of the output; size: (H, W) of the masks it stands for."""
@@ -120,11 +124,147 @@ class Linear(Decoder):
         return sum(F.interpolate(one, self.grid, mode="bilinear", align_corners=False)[:, 0] for one in logits)
 
 
+class FPN(Decoder):
+    """A small feature pyramid: levels standardised, channels dropped in training, summed grid by grid from coarse to fine.
+
+    Every grid has `width` channels but the finest, `fine`. Frames are mirrored at random in training, and both ways
+    are averaged afterwards. Lin et al., "Feature Pyramid Networks for Object Detection", CVPR 2017, for the sum.
+    """
+
+    recipe = Recipe(steps=300, batch=12, lr=3e-3, optimizer="adamw", weight_decay=1e-2, schedule="onecycle", shuffle=True,
+                    balanced=True, clip_gradient=1.0)
+    drop = 0.3  # share of a level's channels set to 0 in training
+    lose = 0.0  # share of frames whose own features are set to 0 in training, which leaves the clip's cues
+    width, fine, depths = 64, 32, (1, 2, 2, 1)  # channels, and blocks a grid from coarse to fine
+
+    def __init__(self, shapes: Shapes, size: tuple[int, int]):
+        super().__init__(finest(shapes), size)
+        grids = [(h, w) for _, h, w in shapes.values()] * (2 if self.cues else 1)  # of the levels, then of their cues
+        channels = [c for c, _, _ in shapes.values()] + [self.cues] * (len(grids) - len(shapes))
+        stages = sorted(set(grids))  # coarse to fine
+        widths = [self.width] * (len(stages) - 1) + [self.fine]
+        depths = (*self.depths, *[1] * len(stages))
+        self.norms = nn.ModuleList(Standardise(c) for c, _, _ in shapes.values())
+        self.inputs = nn.ModuleList(nn.Conv2d(c, widths[stages.index(grid)], 1) for c, grid in zip(channels, grids))
+        self.ups = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in zip(widths, widths[1:]))
+        self.joins = nn.ModuleList(nn.GroupNorm(8, w) for w in widths)
+        self.blocks = nn.ModuleList(nn.Sequential(*[Block(w) for _ in range(n)]) for w, n in zip(widths, depths))
+        self.output = nn.Conv2d(self.fine, 1, 1)
+        self.grids, self.stages = grids, stages
+
+    def standardise(self, features: Features, index: torch.Tensor) -> None:
+        fit(self.norms, features, index)
+
+    def forward(self, levels: list[torch.Tensor]) -> torch.Tensor:
+        """levels: a [B, C, h, w] for each of `shapes`, then their cues, if any. Returns logits [B, gh, gw]."""
+        own = [norm(level) for norm, level in zip(self.norms, levels)]
+        if self.training:
+            kept = (torch.rand(len(levels[0]), 1, 1, 1, device=levels[0].device) >= self.lose).float()
+            own = [F.dropout2d(level, self.drop) * kept for level in own]
+        levels = own + levels[len(own):]
+        if not self.training:
+            return (self.pyramid(levels) + mirror(self.pyramid([mirror(level) for level in levels]))) / 2
+        if torch.rand(()) < 0.5:  # drawn on the host: no waiting
+            return mirror(self.pyramid([mirror(level) for level in levels]))
+        return self.pyramid(levels)
+
+    def pyramid(self, levels: list[torch.Tensor]) -> torch.Tensor:
+        """Sum the levels grid by grid, coarse to fine. Returns logits [B, gh, gw]."""
+        x = None
+        for stage, grid in enumerate(self.stages):
+            here = sum(conv(level) for conv, level, at in zip(self.inputs, levels, self.grids) if at == grid)
+            if x is not None:
+                here = here + F.interpolate(self.ups[stage - 1](x), grid, mode="bilinear", align_corners=False)
+            x = self.blocks[stage](F.relu(self.joins[stage](here)))
+        return self.output(x)[:, 0]
+
+    def loss(self, output: torch.Tensor, target: torch.Tensor, area: torch.Tensor) -> torch.Tensor:
+        """As Decoder.loss, plus 1 - Dice of each frame (Milletari et al., "V-Net", 3DV 2016), smoothed by one cell."""
+        probability = torch.sigmoid(output.float())
+        overlap = 2 * (probability * target).sum((1, 2)) + 1
+        return super().loss(output.float(), target, area) + 1 - overlap / (probability.sum((1, 2)) + target.sum((1, 2)) + 1)
+
+
+class Temporal(FPN):
+    """FPN that also sees what the whole clip tells about each position: see `clip_cues`."""
+
+    cues = 3
+    lose = 0.25
+
+
 # name -> class(shapes, size); train.py trains it, model.pt remembers it by this name
 DECODERS: dict[str, type[Decoder]] = {
     "simple": Simple,
     "linear": Linear,
+    "fpn": FPN,
+    "temporal": Temporal,
 }
+
+
+# --- parts -------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """x + ReLU(GroupNorm(3x3 convolution of x)), [B, C, h, w] to the same."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm = nn.GroupNorm(8, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + F.relu(self.norm(self.conv(x)))
+
+
+def mirror(x: torch.Tensor) -> torch.Tensor:
+    """Swap left and right of [..., w]."""
+    return x.flip(-1)
+
+
+def clip_cues(level: torch.Tensor) -> torch.Tensor:
+    """What a whole clip tells about each of its positions, without training: [T, C, h, w] -> float32 [T, 3, h, w].
+
+    How far its features lie from the background's (at first what is at the frames' borders, then, twice, what looks
+    like that), how far from all that the clip shows, and how much they changed against their median over time.
+    All are logarithms, less their median over the clip. T frames of one clip.
+    """
+    level = level.float()
+    frames, _, height, width = level.shape
+    edge = max(1, height // 15)
+    border = torch.ones(height, width, dtype=torch.bool, device=level.device)
+    border[edge:-edge, edge:-edge] = False
+    border = border.expand(frames, height, width)
+    far = distance(level, border.float())
+    for _ in range(2):
+        at_border = far[border]
+        usual = at_border[:: 1 + len(at_border) // 1_000_000].quantile(0.9)  # quantile takes 16 million values at most
+        far = distance(level, ((far < far.median()) | (border & (far < usual))).float())
+    rare = distance(level, torch.ones_like(far))
+    spread = level.std((0, 2, 3))[:, None, None] + 1e-3
+    change = ((level - level.median(0).values) / spread).square().mean(1).add(1e-3).log()
+    return torch.stack([cue - cue.median() for cue in (far, rare, change)], 1)
+
+
+def distance(level: torch.Tensor, weight: torch.Tensor, shrink: float = 0.1) -> torch.Tensor:
+    """Log of the squared Mahalanobis distance of every position of a clip from a Gaussian of the positions that `weight` names.
+
+    level: [T, C, h, w]; weight: [T, h, w], at least 0. The covariance is shrunk towards its mean variance, by the share
+    `shrink`. Returns [T, h, w].
+    """
+    frames, channels, height, width = level.shape
+    x, share = level.permute(0, 2, 3, 1).reshape(-1, channels), weight.reshape(-1) / weight.sum()
+    x = x - share @ x
+    covariance = (x * share[:, None]).T @ x
+    covariance += shrink * covariance.diagonal().mean() * torch.eye(channels, device=x.device)
+    whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), x.T, upper=False)
+    return whitened.square().sum(0).add(1e-6).log().reshape(frames, height, width)
+
+
+def look_at_clips(decoder_name: str, features: Features, clips: list[str]) -> Features:
+    """Append each level's cues to the features, for a decoder that wants them; clips: the clip of every frame."""
+    if not DECODERS[decoder_name].cues:
+        return features
+    return with_clip_levels(features, list(clip_ranges(clips)), clip_cues)
 
 
 class Standardise(nn.Module):
@@ -215,7 +355,8 @@ def count_flops(network: nn.Module, example) -> int:
 
 def decoder_flops(decoder: Decoder, shapes: Shapes) -> int:
     """Return the decoder's floating-point operations per frame."""
-    return count_flops(decoder, [torch.empty(1, *shape, device="meta") for shape in shapes.values()])
+    cues = [(decoder.cues, *shape[1:]) for shape in shapes.values()] if decoder.cues else []
+    return count_flops(decoder, [torch.empty(1, *shape, device="meta") for shape in [*shapes.values(), *cues]])
 
 
 # --- running -----------------------------------------------------------------------------------

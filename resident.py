@@ -7,7 +7,7 @@ Parted from data.py, which knows the files.
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -143,6 +143,23 @@ def load_masks(folder: FeatureFolder, device: torch.device, resident: str = "dev
     return load_rows(folder.masks, mask_shape(folder), device, resident, digest, group)
 
 
+def with_clip_levels(features: Features, ranges: list[tuple[str, int, int]], look: Callable[[torch.Tensor], torch.Tensor]) -> Features:
+    """Append to the levels what `look` makes of each, clip by clip: [T, C, h, w] -> [T, K, h, w], kept as float16.
+
+    ranges: (clip, first frame, one past its last). Kept where the levels are; on the host when those are on disk.
+    """
+    device, group, added = features.device, features.group, []
+    for level in features.levels:
+        own = []
+        for _, first, stop in ranges:
+            frames = torch.arange(first, stop)
+            ours = gather(level, frames[group.holds(frames)], device, group)
+            made = look(group.interleave(ours, first, stop).float())
+            own.append(made[group.holds(frames).to(device)].half().to(level.device if isinstance(level, torch.Tensor) else "cpu"))
+        added.append(torch.cat(own))
+    return features._replace(levels=features.levels + added)
+
+
 def mask_shape(folder: FeatureFolder) -> tuple[int, int, int]:
     """The shape of a folder's masks.npy: [N, H, ceil(W / 8)]."""
     height, width = folder.size
@@ -265,12 +282,19 @@ def pool_masks(masks: Rows, index: torch.Tensor, size: tuple[int, int], cells: C
     return pooled
 
 
-def batch_order(step: int, frames: int, batch: int, seed: int | None) -> np.ndarray:
-    """Return the frame indices of one training batch, int64 [B] (the last of an epoch may be shorter).
+def batch_order(step: int, clips: np.ndarray, batch: int, seed: int | None, balanced: bool = False) -> np.ndarray:
+    """Return the frame positions of one training batch, int64 [B] (the last of an epoch may be shorter).
 
-    An epoch passes over all `frames` once: in order when `seed` is None, else in an order drawn for that
-    epoch. A function of its arguments alone, so that a resumed run sees the same batches.
+    clips: the clip of each frame, [n]. An epoch passes over all frames once: in order when `seed` is None, else in an
+    order drawn for that epoch. `balanced`: each frame drawn from another clip, clips in turn, so that a long clip
+    counts no more than a short one. A function of its arguments alone, so that a resumed run sees the same batches.
     """
+    frames = len(clips)
+    if seed is not None and balanced:
+        draw = np.random.default_rng((seed, step))
+        names = np.unique(clips)
+        turns = np.concatenate([draw.permutation(names) for _ in range(-(-batch // len(names)))])[:batch]
+        return np.array([draw.choice(np.flatnonzero(clips == name)) for name in turns])
     epoch, position = divmod(step, -(-frames // batch))
     order = np.arange(frames) if seed is None else np.random.default_rng((seed, epoch)).permutation(frames)
     return order[position * batch:(position + 1) * batch]

@@ -54,6 +54,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--weight-decay", type=float, default=None, help="of adamw")
     group.add_argument("--schedule", choices=["constant", "onecycle"], default=None)
     group.add_argument("--shuffle", action=argparse.BooleanOptionalAction, default=None, help="draw an order each epoch")
+    group.add_argument("--balanced", action=argparse.BooleanOptionalAction, default=None,
+                       help="with --shuffle: draw a batch's frames from as many clips as it can")
+    group.add_argument("--clip-gradient", type=float, default=None, help="largest norm of the gradients, 0 for no limit")
     group.add_argument("--ema", type=share, default=None, help="decay of the moving average of the weights, 0 for none")
     group.add_argument("--patience", type=positive_int, default=None,
                        help="stop after this many validations without a better one (default: never)")
@@ -85,7 +88,8 @@ def share(text: str) -> float:
 def choose_recipe(args: argparse.Namespace) -> Recipe:
     """The decoder's recipe with what the flags say instead."""
     flags = {"steps": args.steps, "batch": args.batch_size, "lr": args.lr, "optimizer": args.optimizer, "ema": args.ema,
-             "weight_decay": args.weight_decay, "schedule": args.schedule, "shuffle": args.shuffle}
+             "weight_decay": args.weight_decay, "schedule": args.schedule, "shuffle": args.shuffle, "balanced": args.balanced,
+             "clip_gradient": args.clip_gradient}
     return DECODERS[args.decoder].recipe._replace(**{name: value for name, value in flags.items() if value is not None})
 
 
@@ -133,7 +137,9 @@ def train(args: argparse.Namespace, recipe: Recipe, training: resident.Split, va
     rows, columns = decoder.cells()
     area = (torch.bincount(rows)[:, None] * torch.bincount(columns) / math.prod(folder.size)).to(device)  # [gh, gw]
     steps = range(state["step"], recipe.steps)
-    orders = (resident.batch_order(step, frames, recipe.batch, args.seed if recipe.shuffle else None) for step in steps)
+    clips = np.array(folder.meta["clips"])[training.index.numpy()]
+    seed = args.seed if recipe.shuffle else None
+    orders = (resident.batch_order(step, clips, recipe.batch, seed, recipe.balanced) for step in steps)
     batches = resident.batches(training, orders, (rows, columns))
     config = {**plain(args), **recipe._asdict(), "frames": frames}
     with runs.StopSignal() as stop, runs.open_tracker(account, config, out, args, group) as tracker:
@@ -151,6 +157,8 @@ def train(args: argparse.Namespace, recipe: Recipe, training: resident.Split, va
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             group.sum_gradients(decoder)
+            if recipe.clip_gradient:
+                torch.nn.utils.clip_grad_norm_(decoder.parameters(), recipe.clip_gradient)
             optimizer.step()
             schedule.step()
             if average:
@@ -235,6 +243,7 @@ def main() -> None:
         print(f"{' and '.join(str(folder.path) for folder in folders)}: levels {', '.join(levels)}, {total / 1e6:,.0f} MB "
               f"to {'disk (read as needed)' if place == 'disk' else device if place == 'device' else 'host memory'}")
     splits = [resident.load_split(folder, levels, device, place, not args.no_verify, group) for folder in folders]
+    splits = [split._replace(features=models.look_at_clips(args.decoder, split.features, split.folder.meta["clips"])) for split in splits]
 
     with runs.own_folder(out, fresh=not args.resume, group=group):
         if not args.resume and group.main:
