@@ -285,7 +285,7 @@ def main() -> None:
             seconds = time.perf_counter() - started
             summary = write_scores(folder, rows, args.protocol) if source.annotated else None
             if not args.no_pictures:
-                write_pictures(folder, source, outputs, rows, summary, {**metadata, "command": command}, args.video)
+                write_pictures(folder, source, outputs, rows, summary, describe(metadata, source, command), args.video)
             if tracker.run:
                 log_to_tracker(tracker, decoder_name, args.split or "val", source, outputs, rows, summary, metadata)
     print_scores(summary)
@@ -293,6 +293,16 @@ def main() -> None:
     print(f"wrote {out}: {len(source.frames)} frames" + ("" if args.no_pictures else f"; open {out / 'report.html'}"))
     if not args.predictions:
         print(f"next: python package.py --results {out}")
+
+
+def describe(metadata: dict, source: Source, command: str) -> dict[str, object]:
+    """Return what the report's header says of the model and the run, name -> text or number."""
+    facts: dict[str, object] = {}
+    if "decoder" in metadata:
+        facts = {"decoder": f"{metadata['decoder']}, {metadata['decoder_parameters']:,} parameters", "featurizer": metadata["featurizer"],
+                 "parameters": metadata["nparams"], "cost": f"{metadata['flops_per_frame'] / 1e9:.2f} GFLOP a frame"}
+    sizes = sorted({f"{width} x {height}" for height, width in source.sizes})
+    return facts | {"frames": len(source.frames), "frame size": ", ".join(sizes), "command": command}
 
 
 def log_to_tracker(tracker: tracking.Tracker, decoder: str, split: str, source: Source, outputs: list[Path], rows: list[dict],
