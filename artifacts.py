@@ -12,11 +12,13 @@ import os
 import re
 import shutil
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from files import BadInput, read_json, write_json
+from files import BadInput, read_json, try_lock, write_json
 from tracking import ENTRIES, Account, first_line, import_wandb, redact, say
 
 
@@ -49,7 +51,7 @@ def fetch(source: str | Path, account: Account) -> tuple[Path, str | None]:
     home = cache_folder() / wanted.entity / wanted.project / wanted.name
     if re.fullmatch(r"v\d+", wanted.version) and (home / wanted.version).is_dir():
         return home / wanted.version, str(wanted)
-    known = read_json(home / "aliases.json") if (home / "aliases.json").exists() else {}
+    known = read_aliases(home)
     try:
         if account.mode == "offline":
             raise ConnectionError("--wandb offline asks for no network; --wandb disabled fetches without logging")
@@ -60,11 +62,17 @@ def fetch(source: str | Path, account: Account) -> tuple[Path, str | None]:
         say(f"using {known[wanted.version]} of {wanted} from the cache ({first_line(error)})")
         return home / known[wanted.version], str(wanted._replace(version=known[wanted.version]))
     folder = home / artifact.version
-    if not folder.is_dir():
-        download(artifact, str(wanted), folder)
-    if wanted.version != artifact.version:
-        write_json(home / "aliases.json", {**known, wanted.version: artifact.version})
+    with alone(home):
+        if not folder.is_dir():
+            download(artifact, str(wanted), folder)
+        if wanted.version != artifact.version:
+            write_json(home / "aliases.json", {**read_aliases(home), wanted.version: artifact.version})
     return folder, str(wanted._replace(version=artifact.version))
+
+
+def plain_name(used: str) -> str:
+    """Return the name of an artifact without its owner and version: davis2016-val of "wandb/davis/davis2016-val:v3"."""
+    return used.rpartition("/")[2].partition(":")[0]
 
 
 def parse_reference(text: str, account: Account) -> Reference:
@@ -103,6 +111,28 @@ def cache_folder() -> Path:
     return root / "fetched" / urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc.replace(":", "_")
 
 
+def read_aliases(home: Path) -> dict[str, str]:
+    """Return {alias: version it last stood for} of an artifact in the cache."""
+    return read_json(home / "aliases.json") if (home / "aliases.json").exists() else {}
+
+
+@contextlib.contextmanager
+def alone(home: Path) -> Iterator[None]:
+    """Hold an artifact's place in the cache: of several processes that want it, one downloads and the others wait.
+
+    Raises BadInput when the cache cannot be written.
+    """
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        lock = open(home.with_name(f".{home.name}.lock"), "a")
+    except OSError as error:
+        raise BadInput(f"{home}: cannot be written ({error.strerror}); set WANDB_CACHE_DIR to a folder that can") from error
+    with lock:
+        while not try_lock(lock):
+            time.sleep(0.2)
+        yield
+
+
 def ask(question):
     """Return question(wandb), with the client's many errors as ConnectionError, or BadInput when the key is missing."""
     wandb = import_wandb("an artifact on Weights & Biases")
@@ -129,7 +159,6 @@ def download(artifact, name: str, folder: Path) -> None:
     """Download an artifact to `folder`, whole or not at all, and check every file against the manifest."""
     for path, entry in artifact.manifest.entries.items():
         check_entry(name, str(path), entry)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
     say(f"downloading {name} ({artifact.version}, {artifact.size / 1e6:.1f} MB) to {folder}")
     try:
@@ -148,8 +177,7 @@ def download(artifact, name: str, folder: Path) -> None:
     except BadInput:
         raise
     except Exception as error:
-        if not folder.is_dir():  # else another process was first with the same version
-            raise BadInput(f"wandb:{name}: could not be downloaded ({redact(first_line(error))}); try again") from error
+        raise BadInput(f"wandb:{name}: could not be downloaded ({redact(first_line(error))}); try again") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -182,7 +210,7 @@ def check_digest(name: str, path: Path, entry) -> None:
 
 
 @contextlib.contextmanager
-def own_cache(folder: Path):
+def own_cache(folder: Path) -> Iterator[None]:
     """Give the client an empty cache: its own, by digest, is never checked, and would keep a second copy."""
     before = os.environ.get("WANDB_CACHE_DIR")
     os.environ["WANDB_CACHE_DIR"] = str(folder)

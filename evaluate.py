@@ -36,7 +36,7 @@ import report
 import resident
 import tracking
 from cli import Parser, add_run_flags, choose_device, positive_int, progress, run
-from files import BadInput, refuse_existing, whole_folder, write_json, write_text
+from files import BadInput, plain, refuse_existing, whole_folder, write_json, write_text
 
 KINDS = ("gif", "mp4", "none")
 
@@ -47,10 +47,10 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--model", default=None, help="run folder or model.pt written by train.py, or wandb:...")
     group.add_argument("--features", default=None, help="feature folder written by featurize.py, or wandb:...")
     group.add_argument("--data", default=None,
-                       help="frames or a video to featurize on the fly; or, beside --features, where their frames are now")
+                       help="frames, a video or wandb:... to featurize on the fly; or, beside --features, where their frames are now")
     group.add_argument("--split", default=None, help="the split of a DAVIS root in --data")
-    group.add_argument("--predictions", type=Path, default=None,
-                       help="score this folder of mask PNGs instead: <clip>/<frame>.png, or one per frame in order")
+    group.add_argument("--predictions", default=None,
+                       help="score this folder of mask PNGs instead: <clip>/<frame>.png, or one per frame in order; or wandb:...")
     group.add_argument("--weights", default=None, help="the featurizer's weights, for --data (default: pretrained)")
     group.add_argument("--batch-size", type=positive_int, default=16, help="frames at a time (default: 16)")
     group.add_argument("--resident", choices=resident.RESIDENT, default=None,
@@ -94,9 +94,16 @@ class Source(NamedTuple):
         return None if annotation is None else np.packbits(clips.read_mask(annotation), axis=1)
 
 
-def open_source(folder: data.FeatureFolder, root: str | None, verify: bool) -> Source:
-    """The frames of a feature folder; masks come from it unless frames differ in size and were resized for it."""
-    frames, sizes = data.folder_frames(folder, root and Path(root)), folder.meta["sizes"]
+def open_source(folder: data.FeatureFolder, root: Path | None, verify: bool, pictures: bool) -> Source:
+    """The frames of a feature folder; masks come from it unless frames differ in size and were resized for it.
+
+    Raises BadInput when the frames are needed, for pictures or masks, and are no longer where they were featurized.
+    """
+    frames, sizes = data.folder_frames(folder, root), folder.meta["sizes"]
+    gone = [frame.image for frame in frames if not frame.image.is_file()] if pictures or sizes is not None else []
+    if gone:
+        raise BadInput(f"{gone[0]}: no such file, though {folder.path} was made from it; pass --data with the folder that its "
+                       "frames are in now, or the wandb:... they come from" + (", or --no-pictures" if sizes is None else ""))
     masks = resident.load_masks(folder, torch.device("cpu"), verify=verify) if folder.masks and sizes is None else None
     return Source(frames, [tuple(size) for size in sizes or [folder.size] * folder.frames], masks)
 
@@ -225,42 +232,41 @@ def main() -> None:
     threads = args.threads or os.cpu_count() or 2
     if not args.no_pictures:
         pictures.check_video(args.video)
-    used = []
+    sources = (args.model, args.features, args.data, args.predictions)
+    fetched = [artifacts.fetch(source, account) if source else (None, None) for source in sources]
+    (model_path, features_path, root, predictions), used = zip(*fetched)
 
-    if args.predictions:
-        frames = clips.find_frames(Path(args.data), args.split)
+    if predictions:
+        frames = clips.find_frames(root, args.split)
         source = Source(frames, clips.check_frames(frames), None)
         if frames[0].annotation is None:
             raise BadInput(f"{args.data}: has no annotations to score {args.predictions} with")
-        files = read_predictions(args.predictions, frames)
-        out = args.out or Path("results") / args.predictions.resolve().name
+        files = read_predictions(predictions, frames)
+        name = default_name(used[3], predictions)
+        out = args.out or Path("results") / name
         refuse_existing(out, args.overwrite)
-        metadata = {"predictions": str(args.predictions), "frames": len(frames)}
+        metadata = {"predictions": args.predictions, "frames": len(frames)}
         pixels: Iterable[np.ndarray] = clips.in_threads(lambda file: clips.decode(file, "L"), files, threads, 64)
-        decoder_name = args.predictions.resolve().name
+        decoder_name = name.removesuffix("-result")
     else:
-        path, name = artifacts.fetch(args.model, account)
-        used.append(name)
-        decoder, model = checkpoints.load_model(path)
-        out = args.out or Path("results") / default_name(path, model)
+        decoder, model = checkpoints.load_model(model_path)
+        out = args.out or Path("results") / default_name(used[0], model_path, model["decoder"])
         refuse_existing(out, args.overwrite)
-        if args.features:
-            path, name = artifacts.fetch(args.features, account)
-            used.append(name)
-            folder = data.open_features(path)
+        if features_path:
+            folder = data.open_features(features_path)
             checkpoints.check_fit(model, args.model, folder)
             place = resident.choose_resident(args.resident, [folder], list(model["shapes"]), device)
-            source = open_source(folder, args.data, not args.no_verify)
+            source = open_source(folder, root, not args.no_verify, pictures=not args.no_pictures)
             features = resident.load_features(folder, list(model["shapes"]), device, place, not args.no_verify)
             decoder = decoder.to(device)
         else:
-            frames = clips.find_frames(Path(args.data), args.split)
+            frames = clips.find_frames(root, args.split)
             source = Source(frames, clips.check_frames(frames), None)
             decoder, features = featurize(frames, source.sizes, model, decoder, args, device)
         flops = model["featurizer_flops"] + models.decoder_flops(decoder, model["shapes"])
         metadata = {"nparams": models.count_all(decoder, model), "decoder": model["decoder"], "featurizer": model["featurizer"],
                     "decoder_parameters": models.count_parameters(decoder), "flops_per_frame": flops,
-                    "frames": len(source.frames), "size": source.sizes[0],
+                    "frames": len(source.frames), "annotated": source.annotated, "size": source.sizes[0],
                     "sizes": None if len(set(source.sizes)) == 1 else source.sizes}
         features = models.look_at_clips(model["decoder"], features, [frame.clip for frame in source.frames])
         index = torch.arange(len(source.frames))
@@ -269,7 +275,7 @@ def main() -> None:
 
     command = f"python {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}"
     job = "val-eval" if source.annotated else "run-test"
-    with tracking.start(account, job, {"command": command}) as tracker:
+    with tracking.start(account, job, {"command": command, **plain(args)}) as tracker:
         for name in used:
             tracker.use(name)
         with whole_folder(out, args.overwrite) as folder:
@@ -286,8 +292,11 @@ def main() -> None:
             summary = write_scores(folder, rows, args.protocol) if source.annotated else None
             if not args.no_pictures:
                 write_pictures(folder, source, outputs, rows, summary, describe(metadata, source, command), args.video)
-            if tracker.run:
-                log_to_tracker(tracker, decoder_name, args.split or "val", source, outputs, rows, summary, metadata)
+            if files is None:
+                names = [*(f"outputs/{file.name}" for file in outputs), "paths.json", "metadata.json"]
+                tracking.log_results(tracker, decoder_name, {name: folder / name for name in names}, metadata)
+            if tracker.run and summary is not None:
+                tracking.log_scores(tracker, decoder_name, args.split or "val", score_table(source, outputs, rows), summary)
     print_scores(summary)
     print(f"seconds: predict, write and score {seconds:.3f} ({len(rows) / seconds:,.0f} frames/s)")
     print(f"wrote {out}: {len(source.frames)} frames" + ("" if args.no_pictures else f"; open {out / 'report.html'}"))
@@ -305,20 +314,20 @@ def describe(metadata: dict, source: Source, command: str) -> dict[str, object]:
     return facts | {"frames": len(source.frames), "frame size": ", ".join(sizes), "command": command}
 
 
-def log_to_tracker(tracker: tracking.Tracker, decoder: str, split: str, source: Source, outputs: list[Path], rows: list[dict],
-                   scores: dict | None, metadata: dict) -> None:
-    """Log the parameter count, and with annotations the scores and the contest's table of outputs and targets."""
-    tracker.summary({"nparams": metadata.get("nparams")})
-    if scores is not None:
-        masks = (np.unpackbits(source.mask(row["index"]), axis=1, count=source.sizes[row["index"]][1]) * 255 for row in rows)
-        table = [(outputs[row["index"]], mask, -1.0 if row["iou"] is None else row["iou"]) for row, mask in zip(rows, masks)]
-        tracking.log_scores(tracker, decoder, split, table, scores)
+def score_table(source: Source, outputs: list[Path], rows: list[dict]) -> Iterator[tuple[Path, np.ndarray, float]]:
+    """Yield the rows of the contest's table: a frame's output, its target [H, W] 0 or 255, and its IoU (-1 where both are empty)."""
+    for row in rows:
+        index = row["index"]
+        mask = np.unpackbits(source.mask(index), axis=1, count=source.sizes[index][1]) * 255
+        yield outputs[index], mask, -1.0 if row["iou"] is None else row["iou"]
 
 
-def default_name(path: Path, model: dict) -> str:
-    """What to call the results of a model: its run folder's name, else its decoder's."""
-    run_folder = path if path.is_dir() else path.parent
-    return run_folder.resolve().name if path.is_dir() or path.name == "model.pt" else model["decoder"]
+def default_name(used: str | None, path: Path, decoder: str | None = None) -> str:
+    """What to call results: an artifact's own name, a folder's, a model.pt's run folder's, else the decoder's."""
+    if used:
+        return artifacts.plain_name(used)
+    folder = path.parent if path.name == "model.pt" else path
+    return folder.resolve().name if folder.is_dir() or decoder is None else decoder
 
 
 def print_scores(scores: dict | None) -> None:

@@ -133,7 +133,7 @@ def main() -> None:
     group, device = distributed.join(choose_device(args.device))
     say = print if group.main else (lambda text: None)
     root, used = artifacts.fetch(args.data, account)
-    artifact = used and used.rpartition("/")[2].partition(":")[0]  # davis2016-train
+    artifact = used and artifacts.plain_name(used)  # davis2016-train
     split = args.split or (artifact.rpartition("-")[2] if artifact else root.resolve().stem)
     out = args.out or Path("features") / f"{args.featurizer}-{split}"
     refuse_existing(out, args.overwrite)

@@ -15,7 +15,7 @@ import artifacts
 import clips
 import tracking
 from cli import Parser, add_run_flags, progress, run
-from files import BadInput, read_json, whole_file
+from files import BadInput, plain, read_json, whole_file
 from models import LIMIT
 
 EPOCH = (1980, 1, 1, 0, 0, 0)  # every entry's date: the same results give the same bytes
@@ -24,7 +24,7 @@ EPOCH = (1980, 1, 1, 0, 0, 0)  # every entry's date: the same results give the s
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--results", type=str, required=True, help="results folder written by evaluate.py, or wandb:...")
-    parser.add_argument("--out", type=Path, default=None, help="zip to write (default: <results>.zip)")
+    parser.add_argument("--out", type=Path, default=None, help="zip to write (default: <results>.zip, in results/ for wandb:...)")
     tracking.add_tracking_flags(parser)
     add_run_flags(parser)
     return parser.parse_args()
@@ -125,7 +125,7 @@ def main() -> int:
     folder, used = artifacts.fetch(args.results, account)
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such results folder; evaluate.py makes one")
-    out = args.out or folder.with_name(folder.name + ".zip")
+    out = args.out or (Path("results") / f"{artifacts.plain_name(used)}.zip" if used else folder.with_name(folder.name + ".zip"))
     if out.exists() and not args.overwrite:
         raise BadInput(f"{out}: is there already; pass --overwrite to replace it, or another --out")
     names, broken = check(folder)
@@ -134,7 +134,7 @@ def main() -> int:
         print(f"package.py: {folder} breaks {len(broken)} of the contest's rules; nothing was written", file=sys.stderr)
         return 1
     metadata = read_json(folder / "metadata.json")
-    with tracking.start(account, "run-val" if (folder / "scores.json").exists() else "run-test", {"results": str(folder)}) as tracker:
+    with tracking.start(account, "run-val" if metadata.get("annotated") else "run-test", plain(args)) as tracker:
         tracker.use(used)
         write_zip(folder, names, out)
         tracking.log_results(tracker, metadata.get("decoder", "model"), {name: folder / name for name in names}, metadata)

@@ -62,7 +62,8 @@ def from_flags(args: argparse.Namespace) -> Account:
     """Return the account that flags and environment name; call it right after parsing.
 
     Started by a sweep agent, a run is online unless told otherwise: the agent waits for its metrics.
-    Raises BadInput for a WANDB_MODE there is not, and when logging is asked for without wandb installed.
+    Raises BadInput for a WANDB_MODE there is not, when logging is asked for without wandb installed, and
+    when there is no usable API key and nobody to ask for one.
     """
     mode = args.wandb
     if mode is None:
@@ -73,6 +74,8 @@ def from_flags(args: argparse.Namespace) -> Account:
             raise BadInput(f"WANDB_MODE={found}: expected one of {', '.join(MODES)}; unset it or pass --wandb")
     if mode != "disabled":
         import_wandb(f"--wandb {mode}")
+    if mode == "online" and os.environ.get("RANK", "0") == "0" and not has_key():  # of several processes, the first logs
+        mode = "offline"
     project = args.project or os.environ.get("WANDB_PROJECT") or "davis"
     return Account(mode, project, args.entity or os.environ.get("WANDB_ENTITY"), args.run_name)
 
@@ -85,6 +88,28 @@ def import_wandb(wanted_by: str):
         raise BadInput(f"{wanted_by}: needs the package wandb, which cannot be imported ({error}); "
                        "pip install wandb, or go on without it (--wandb disabled, and a local folder)") from None
     return wandb
+
+
+def has_key() -> bool:
+    """Say whether there is an API key, without asking the server; whoever is at a terminal is asked for it, and may decline.
+
+    Raises BadInput when there is none, or a malformed one, and nobody to ask.
+    """
+    import wandb
+    asks = sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
+    wandb.setup(settings=wandb.Settings(mode="online", silent=not asks))  # whatever WANDB_MODE says: a flag goes before it
+    try:
+        if wandb.login(verify=False, prompt=asks) or asks:
+            return wandb.setup().settings.mode == "online"
+    except wandb.errors.Error as error:
+        raise no_key(error) from None
+    raise no_key("none was found")
+
+
+def no_key(why: object) -> BadInput:
+    """Return the error of a missing or malformed API key."""
+    return BadInput(f"--wandb online: no API key that can be used ({redact(str(why).strip().splitlines()[0])}); "
+                    "set WANDB_API_KEY, run `wandb login`, or pass --wandb offline")
 
 
 def sweep_run_id() -> str | None:
@@ -127,10 +152,11 @@ class Tracker:
     def __exit__(self, kind, error, trace):
         self.finish(exit_code=0 if kind is None else 1)
 
-    def log(self, step: int, row: dict) -> None:
+    def log(self, step: int, row: dict, timings: dict | None = None) -> None:
         """Log the numbers and strings of `row` at `step` (which never decreases).
 
         The local line holds {"step": step, **row} with NaN and infinity as null, which JSON can say.
+        `timings` go to Weights & Biases alone: two runs of one command write the same local log.
         Raises BadInput when the local log cannot be written.
         """
         row = redact(row)
@@ -144,7 +170,7 @@ class Tracker:
         with self.going_on("metrics"):
             if self.run is not None:
                 watching = self.watched is not None and step % self.watched[1] == 0
-                self.run.log({**row, **(self.gradients() if watching else {})}, step=step)
+                self.run.log({**row, **(timings or {}), **(self.gradients() if watching else {})}, step=step)
 
     def image(self, step: int, frame, prediction, mask=None, caption: str = "", key: str = "prediction") -> None:
         """Log a frame [H, W, 3] uint8 with its predicted and true masks [H, W], 0 or 1, as switchable layers."""

@@ -182,9 +182,9 @@ def train(args: argparse.Namespace, recipe: Recipe, training: resident.Split, va
                 state["best"] = row.get("val_iou", -1.0) if is_best else state["best"]
                 if group.main:
                     runs.save_checkpoint(out, step, {**description, "step": step}, kept, is_best)
-                    tracker.log(step, row)
-                    runs.append_line(out / runs.TIMES, {"step": step, "seconds": round(seconds, 3),
-                                                        "frames_per_second": round(seen / seconds, 1)})
+                    timings = {"seconds": round(seconds, 3), "frames_per_second": round(seen / seconds, 1)}
+                    tracker.log(step, row, timings)
+                    runs.append_line(out / runs.TIMES, {"step": step, **timings})
                     if not args.no_pictures:
                         runs.write_overlay(out, step, kept, validation or training, tracker)
                     runs.save_state(out, parts, state)
@@ -231,6 +231,10 @@ def main() -> None:
     fetched = [artifacts.fetch(source, account) for source in (args.features, args.val_features) if source]
     folders = [data.open_features(path) for path, _ in fetched]
     used = [name for _, name in fetched]
+    if used[0]:  # --resume and --args go on with this version, whatever its alias has come to mean
+        args.features = f"wandb:{used[0]}"
+    if args.val_features and used[1]:
+        args.val_features = f"wandb:{used[1]}"
     levels = args.levels.split(",") if args.levels else list(folders[0].meta["levels"])
     for folder in folders:
         data.check_levels(folder, levels)

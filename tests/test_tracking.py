@@ -1,125 +1,24 @@
 """Tracking with the real wandb client: offline runs read back from their file, online ones against a local server."""
-import argparse
 import base64
 import io
 import json
 import os
-import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
+from helpers import call
+from wandb_server import ENTITY, KEY, WandbServer
+from wandb_world import ROOT, account, entries, feature_folder, flags, history, lines, offline_artifacts, records, sync, wandb_command
 
-import artifacts
 import files
 import tracking
 
 wandb = pytest.importorskip("wandb", reason="needs the wandb client: pip install wandb")
-from tests.wandb_server import ENTITY, KEY, WandbServer  # noqa: E402
-
-ROOT = Path(tracking.__file__).parent
-
-
-@pytest.fixture(autouse=True)
-def own_world(tmp_path, monkeypatch):
-    """Everything the client keeps goes under tmp_path, nothing of the user's is read, and no other host is tried."""
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    for name in ("DIR", "CACHE_DIR", "DATA_DIR", "CONFIG_DIR", "ARTIFACT_DIR"):
-        folder = tmp_path / "wandb-home" / name.lower()
-        folder.mkdir(parents=True)
-        monkeypatch.setenv(f"WANDB_{name}", str(folder))
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:1")  # refuses, unless a test has a server
-    monkeypatch.chdir(tmp_path)
-    wandb.teardown()  # the client reads the environment once, in a process of its own
-    yield
-    wandb.teardown()
-
-
-@pytest.fixture
-def server(monkeypatch):
-    """A running server, which the client finds in the environment with its key."""
-    with WandbServer() as server:
-        monkeypatch.setenv("WANDB_BASE_URL", server.url)
-        monkeypatch.setenv("WANDB_API_KEY", KEY)
-        yield server
-
-
-def account(mode, **other):
-    return tracking.Account(mode, **{"project": "davis", "entity": None, "name": None, **other})
-
-
-def flags(*argv):
-    parser = argparse.ArgumentParser()
-    tracking.add_tracking_flags(parser)
-    return parser.parse_args(argv)
-
-
-def records(folder):
-    """Return the records of a finished run's .wandb file, which the client closes soon after `finish` returns."""
-    for _ in range(100):
-        found = read_records(next(Path(folder).glob("*.wandb")).read_bytes())
-        if found and found[-1].WhichOneof("record_type") == "exit":
-            return found
-        time.sleep(0.1)
-    raise AssertionError(f"{folder}: no exit record after ten seconds")
-
-
-def read_records(data):
-    """Return the records in a .wandb file's bytes: seven of header, then LevelDB's log format, one protobuf message each."""
-    from wandb.proto import wandb_internal_pb2
-    found, whole, at = [], b"", 7
-    assert data[:4] == b":W&B"
-    while at + 7 <= len(data):
-        if 32768 - at % 32768 < 7:  # the tail of a block is padding
-            at += 32768 - at % 32768
-            continue
-        _, length, kind = struct.unpack("<IHB", data[at:at + 7])
-        whole += data[at + 7:at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # the only or the last piece of a record
-            found.append(wandb_internal_pb2.Record.FromString(whole))
-            whole = b""
-    return found
-
-
-def history(folder):
-    """Return the logged rows of an offline run, those of a step merged."""
-    rows = {}
-    for record in records(folder):
-        if record.WhichOneof("record_type") == "history":
-            row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-            rows.setdefault(row["_step"], {}).update(row)
-    return rows
-
-
-def offline_artifacts(folder):
-    """Return {name: artifact record} of an offline run."""
-    return {record.artifact.name: record.artifact for record in records(folder) if record.WhichOneof("record_type") == "artifact"}
-
-
-def entries(artifact):
-    """Return {entry path: bytes} of an offline run's artifact record."""
-    return {entry.path: Path(entry.local_path).read_bytes() for entry in artifact.manifest.contents}
-
-
-def feature_folder(folder, seed=0):
-    """Write what stands for a feature folder: tracking copies files and does not look inside."""
-    folder.mkdir(parents=True)
-    random = np.random.default_rng(seed)
-    np.save(folder / "features.npy", random.standard_normal((2, 3, 4, 5)).astype("float16"))
-    np.save(folder / "masks.npy", random.integers(0, 256, (2, 8, 2)).astype("uint8"))
-    files.write_json(folder / "paths.json", {"raw": {"0": "bear\\0.jpg", "1": "bear\\1.jpg"}})
-    files.write_json(folder / "meta.json", {"seed": seed})
-    return folder
+pytestmark = pytest.mark.usefixtures("own_world")
 
 
 def log_everything(tracker, home):
@@ -140,10 +39,6 @@ def log_everything(tracker, home):
     tracking.log_results(tracker, "linear", {"outputs/00000.png": output, "paths.json": features / "paths.json"}, {"nparams": 12})
     tracking.log_scores(tracker, "linear", "val", [(output, np.eye(6, 8, dtype=np.uint8) * 255, -1.0)], {"mean_iou": 0.25})
     return features, output
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 # The local log, which needs no client.
@@ -190,6 +85,7 @@ def test_mode_comes_from_the_flag_then_the_environment(monkeypatch):
     assert tracking.from_flags(flags()) == ("disabled", "davis", None, None)
     monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
     monkeypatch.setenv("WANDB_RUN_ID", "r1")
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
     assert tracking.from_flags(flags()).mode == "online" and tracking.sweep_run_id() == "r1"
     for found, mode in (("offline", "offline"), ("dryrun", "offline"), ("DISABLED", "disabled"), ("online", "online")):
         monkeypatch.setenv("WANDB_MODE", found)
@@ -283,6 +179,13 @@ def test_offline_run_holds_everything(tmp_path, monkeypatch, capfd):
     assert f"wandb sync {tracker.folder}" in capfd.readouterr().err
 
 
+def test_timings_stay_out_of_the_local_log(tmp_path):
+    with tracking.start(account("offline"), "train", {}, log=tmp_path / "log.jsonl") as tracker:
+        tracker.log(3, {"loss": 1.0}, {"frames_per_second": 12.5})
+    assert lines(tmp_path / "log.jsonl") == [{"step": 3, "loss": 1.0}]
+    assert history(tracker.folder)[3]["frames_per_second"] == 12.5
+
+
 def test_gradients_are_logged_at_their_step():
     torch = pytest.importorskip("torch", reason="needs torch")
     model = torch.nn.Linear(2, 1)
@@ -308,22 +211,6 @@ def test_an_offline_run_is_uploaded_by_the_advice_it_gives(tmp_path, server):
     assert [row["loss"] for row in next(iter(server.runs.values()))["history"]] == [1.0, 0.5, pytest.approx(1 / 3)]
     assert server.contents(server.artifact("linear:best"))["final_model"] == b"final"
     assert server.artifact("linear-result-submission:latest")["type"] == "submission"
-
-
-def sync(*arguments):
-    """Run `wandb sync` as a user would."""
-    wandb.teardown()
-    wandb_command("sync", *arguments)
-
-
-def wandb_command(*arguments):
-    """Run the client's command line to its end, with its own log under WANDB_DIR too; return what it printed."""
-    own = Path(os.environ["WANDB_DIR"]).parent
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(own), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    command = [sys.executable, "-m", "wandb", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
 
 
 # Online, against the server.
@@ -365,122 +252,6 @@ def test_best_stays_with_the_higher_iou(tmp_path, server):
             tracking.log_model(tracker, "linear", tmp_path / "model.pt", [], {"val_iou": val_iou})
         assert server.artifact("linear:best")["version"] == expected
     assert server.artifact("linear:latest")["version"] == "v3"
-
-
-# Fetching.
-
-
-def test_a_path_is_not_fetched(tmp_path):
-    assert artifacts.fetch(str(tmp_path), account("disabled")) == (tmp_path, None)
-
-
-def test_features_go_up_and_come_down_the_same(tmp_path, server):
-    features = feature_folder(tmp_path / "features")
-    with tracking.start(account("online"), "featurize", {}) as tracker:
-        tracking.log_features(tracker, features, "alexnet", "train", {})
-    runs = len(server.runs)
-    folder, used = artifacts.fetch(f"wandb:{ENTITY}/davis/alexnet-featurized-train:latest", account("disabled"))
-    assert used == f"{ENTITY}/davis/alexnet-featurized-train:v0"
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {path.name: path.read_bytes() for path in features.iterdir()}
-    assert len(server.runs) == runs  # fetching starts no run
-
-
-def test_the_cache_is_used_without_the_network(server, monkeypatch, capfd):
-    server.publish("linear", "trained-model", {"final_model": b"first"})
-    latest, v0 = f"wandb:{ENTITY}/davis/linear:latest", f"wandb:{ENTITY}/davis/linear:v0"
-    folder, _ = artifacts.fetch(latest, account("disabled"))
-    assert (folder / "model.pt").read_bytes() == b"first"
-
-    server.publish("linear", "trained-model", {"final_model": b"second"})
-    newer, used = artifacts.fetch(latest, account("disabled"))
-    assert (newer / "model.pt").read_bytes() == b"second" and used.endswith(":v1") and folder.is_dir()
-
-    asked = len(server.operations)
-    assert artifacts.fetch(v0, account("disabled"))[0] == folder
-    assert artifacts.fetch(v0, account("offline"))[0] == folder
-    assert len(server.operations) == asked  # a version is for ever: nobody was asked
-    assert artifacts.fetch(latest, account("offline")) == (newer, used)
-    assert f"using v1 of {ENTITY}/davis/linear:latest from the cache" in capfd.readouterr().err
-
-    server.stop()
-    monkeypatch.setattr(wandb.Api, "_HTTP_TIMEOUT", 1)  # seconds; nobody will answer
-    assert artifacts.fetch(latest, account("disabled")) == (newer, used)
-    assert "using v1" in capfd.readouterr().err
-    with pytest.raises(files.BadInput, match=r"not in the cache .*not to be had"):
-        artifacts.fetch(f"wandb:{ENTITY}/davis/other:latest", account("disabled"))
-
-
-def test_offline_does_not_ask_for_what_is_not_in_the_cache(server):
-    with pytest.raises(files.BadInput, match=r"not in the cache.*--wandb disabled fetches"):
-        artifacts.fetch(f"wandb:{ENTITY}/davis/linear:v0", account("offline"))
-    assert server.operations == []
-
-
-@pytest.mark.parametrize("mode", ["offline", "disabled"])
-def test_fetching_without_logging_is_not_held_up_by_the_environment(server, monkeypatch, mode):
-    monkeypatch.setenv("WANDB_MODE", mode)
-    server.publish("linear", "trained-model", {"final_model": b"x"})
-    folder, _ = artifacts.fetch(f"wandb:{ENTITY}/davis/linear:latest", tracking.from_flags(flags("--wandb", "disabled")))
-    assert (folder / "model.pt").read_bytes() == b"x" and server.runs == {}
-
-
-def test_short_names_use_the_account(server, tmp_path):
-    server.publish("linear", "trained-model", {"final_model": b"x"})
-    folder, used = artifacts.fetch("wandb:linear:latest", account("disabled"))
-    assert used == f"{ENTITY}/davis/linear:v0"
-    assert artifacts.fetch("wandb:davis/linear:v0", account("offline")) == (folder, used)  # the entity is remembered
-    server.publish("other", "trained-model", {"final_model": b"x"}, project="elsewhere")
-    assert artifacts.fetch("wandb:other:latest", account("disabled", project="elsewhere"))[1] == f"{ENTITY}/elsewhere/other:v0"
-
-
-@pytest.mark.parametrize("source", ["wandb:", "wandb:linear", "wandb:a/b/c/d:v0", "wandb:a/b/c", "wandb:../b/c:v0",
-                                    "wandb:a/b/c:..", "wandb:a/b/c:v0/x"])
-def test_malformed_references(source):
-    with pytest.raises(files.BadInput, match=r"expected wandb:<entity>/<project>/<name>:<alias or version>"):
-        artifacts.fetch(source, account("disabled"))
-
-
-def test_an_artifact_that_is_not_there(server):
-    with pytest.raises(files.BadInput, match=r"there is no such artifact .*nothing:latest"):
-        artifacts.fetch(f"wandb:{ENTITY}/davis/nothing:latest", account("disabled"))
-
-
-def test_a_tampered_download_is_refused(server):
-    artifact = server.publish("linear", "trained-model", {"final_model": b"weights", "model-00000000.pt": b"w"})
-    key = f"blob/{artifact['id']}/final_model"
-    server.files[key] = b"changed"  # the same size, so that only the digest can tell
-    with pytest.raises(files.BadInput, match=r"final_model is not what the manifest says"):
-        artifacts.fetch(f"wandb:{ENTITY}/davis/linear:latest", account("disabled"))
-    home = artifacts.cache_folder() / ENTITY / "davis" / "linear"
-    assert list(home.iterdir()) == []  # nothing half-fetched is left
-    server.files[key] = b"weights"
-    folder, _ = artifacts.fetch(f"wandb:{ENTITY}/davis/linear:latest", account("disabled"))
-    assert (folder / "model.pt").read_bytes() == b"weights"
-
-
-@pytest.mark.parametrize("path", ["../evil", "/evil", "a/../../evil", "..\\evil", "C:\\evil"])
-def test_entries_that_leave_the_folder_are_refused(server, path):
-    server.publish("linear", "trained-model", {path: b"x"})
-    with pytest.raises(files.BadInput, match=r"has an entry .*expected paths inside the artifact"):
-        artifacts.fetch(f"wandb:{ENTITY}/davis/linear:latest", account("disabled"))
-    assert list(artifacts.cache_folder().rglob("*evil*")) == []
-
-
-def test_references_to_files_elsewhere_are_refused(server):
-    artifact = server.publish("linear", "dataset", {"data": b"x"})
-    key = f"manifest/{artifact['id']}"
-    manifest = json.loads(server.files[key])
-    manifest["contents"]["data"]["ref"] = "file:///etc/passwd"
-    server.files[key] = json.dumps(manifest).encode()
-    with pytest.raises(files.BadInput, match=r"refers to file:///etc/passwd, expected a stored file"):
-        artifacts.fetch(f"wandb:{ENTITY}/davis/linear:latest", account("disabled"))
-
-
-def test_entries_written_on_windows_become_folders(server):
-    contents = {"paths.json": b"{}", "JPEGImages\\480p\\bear\\00000.jpg": b"jpeg"}
-    server.publish("davis2016-val", "dataset", contents)
-    folder, _ = artifacts.fetch(f"wandb:{ENTITY}/davis/davis2016-val:latest", account("disabled"))
-    assert (folder / "JPEGImages" / "480p" / "bear" / "00000.jpg").read_bytes() == b"jpeg"
 
 
 # Never in the way.
@@ -539,18 +310,29 @@ def test_a_refused_key_stops_before_any_work(server):
         tracking.start(account("online"), "train", {})
 
 
-def test_no_key_and_nobody_to_ask(server, monkeypatch):
-    """Run with a closed standard input, as a job scheduler would: one line, and no prompt to wait at."""
+@pytest.mark.parametrize("script", ["featurize", "train", "evaluate", "package"])
+@pytest.mark.parametrize("key, said", [(None, "none was found"), ("short", "must have 40+ characters")])
+def test_no_key_and_nobody_to_ask(server, monkeypatch, script, key, said):
+    """A script with a closed standard input, as a job scheduler gives: one line, before it looks at its data, and no prompt."""
     monkeypatch.delenv("WANDB_API_KEY")
-    script = """
-import sys, cli, tracking
-sys.exit(cli.run(lambda: tracking.start(tracking.Account("online", "davis", None, None), "train", {}) and 0))
-"""
-    done = subprocess.run([sys.executable, "-c", script], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1 and "set WANDB_API_KEY, run `wandb login`, or pass --wandb offline" in done.stderr
+    if key:
+        monkeypatch.setenv("WANDB_API_KEY", key)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    given = {"featurize": ["--data"], "train": ["--features"], "evaluate": ["--features", "f", "--model"], "package": ["--results"]}
+    result = call(script, *given[script], "absent", "--wandb", "online")
+    assert result.status == 2 and "absent" not in result.err
+    assert len(result.err.splitlines()) == 1 and said in result.err
+    assert "set WANDB_API_KEY, run `wandb login`, or pass --wandb offline" in result.err
     assert server.operations == []
+
+
+def test_only_the_first_of_several_processes_asks_for_a_key(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert tracking.from_flags(flags("--wandb", "online")).mode == "online"
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    with pytest.raises(files.BadInput, match="no API key"):
+        tracking.from_flags(flags("--wandb", "online"))
 
 
 # Sweeps.

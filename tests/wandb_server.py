@@ -135,13 +135,24 @@ class WandbServer:
         spec = v["input"]
         number = len(self.artifacts)
         project, name = spec["projectName"], spec["artifactCollectionName"]
+        same = (project, name, spec["digest"], "COMMITTED") if spec.get("enableDigestDeduplication") else None
+        for artifact in self.artifacts.values():  # the same files again make no new version; its aliases move
+            if tuple(artifact[key] for key in ("project", "name", "digest", "state")) == same:
+                artifact["aliases"] = list({*artifact["aliases"], *(a["alias"] for a in spec.get("aliases") or [])})
+                self.do_CommitArtifact({"artifactID": artifact["id"]})
+                return self.created(artifact)
         version = sum((other["project"], other["name"]) == (project, name) for other in self.artifacts.values())
         artifact = {"id": f"artifact{number}", "project": project, "name": name, "type": spec["artifactTypeName"],
                     "version": f"v{version}", "aliases": [a["alias"] for a in spec.get("aliases") or []],
                     "metadata": json.loads(spec.get("metadata") or "{}"), "run": spec.get("runName"),
                     "digest": spec["digest"], "state": "PENDING"}
         self.artifacts[artifact["id"]] = artifact
-        return {"createArtifact": {"artifact": {"id": artifact["id"], "state": "PENDING", "artifactSequence": {"latestArtifact": None}}}}
+        return self.created(artifact)
+
+    def created(self, artifact):
+        """Return what CreateArtifact answers."""
+        described = {"id": artifact["id"], "state": artifact["state"], "artifactSequence": {"latestArtifact": None}}
+        return {"createArtifact": {"artifact": described}}
 
     def do_CreateArtifactManifest(self, v):
         key = f"manifest/{v['artifactID']}"
