@@ -11,6 +11,8 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NoReturn
 
 import torch
 from tqdm import tqdm
@@ -21,8 +23,15 @@ from files import BadInput, Stopped
 class Parser(argparse.ArgumentParser):
     """An argument parser whose help keeps the line breaks of the docstring; flags cannot be abbreviated."""
 
+    source: Path | None = None  # the file the arguments come from, when it is not the command line
+
     def __init__(self, doc: str):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        if self.source:
+            raise BadInput(f"{self.source}: {message}")
+        super().error(message)
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
@@ -68,10 +77,14 @@ def run(main: Callable[[], int | None]) -> int:
     script = os.path.basename(sys.argv[0])
     try:
         return main() or 0
-    except BadInput as error:
+    except (BadInput, OSError, torch.OutOfMemoryError) as error:
+        if isinstance(error, BrokenPipeError):  # the reader of our output (head, less) went away
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
         if debug:
             raise
-        print(f"{script}: {error}", file=sys.stderr)
+        hint = "; pass a smaller --batch-size" if isinstance(error, torch.OutOfMemoryError) else ""
+        print(f"{script}: {one_line(str(error))}{hint}", file=sys.stderr)
         return 2
     except Stopped as stopped:
         print(f"{script}: {stopped}", file=sys.stderr)
@@ -79,6 +92,8 @@ def run(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print(f"{script}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output (head, less) went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+
+
+def one_line(text: str) -> str:
+    """Return text that may come from a damaged or hostile file as one line that a terminal shows and does not obey."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)

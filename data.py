@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from clips import Frame, inside, read_paths
-from files import BadInput, read_json
+from files import BadInput, read_json, whole_file
 
 FORMAT = 1
 META = {  # key of meta.json: the type a reader expects
@@ -170,12 +170,11 @@ class ArrayWriter:
         """Open `file`, made at its full length when it is not there yet."""
         self.dtype, self.row = np.dtype(dtype), int(np.prod(shape[1:])) * np.dtype(dtype).itemsize
         header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": tuple(shape)}
-        new = not file.exists()
-        self.file = open(file, "w+b" if new else "r+b")
-        if new:
-            np.lib.format.write_array_header_1_0(self.file, header)
-            self.file.truncate(self.file.tell() + shape[0] * self.row)
-        self.file.seek(0)
+        if not file.exists():
+            with whole_file(file) as temporary, open(temporary, "wb") as made:
+                np.lib.format.write_array_header_1_0(made, header)
+                made.truncate(made.tell() + shape[0] * self.row)
+        self.file = open(file, "r+b")
         np.lib.format.read_magic(self.file)
         np.lib.format.read_array_header_1_0(self.file)
         self.start = self.file.tell()

@@ -108,10 +108,13 @@ def check_output(file: Path, size: tuple[int, int] | None) -> str | None:
     return None
 
 
-def write_zip(folder: Path, names: list[str], out: Path) -> None:
+def write_zip(folder: Path, names: list[str], out: Path, overwrite: bool) -> None:
     """Write the files `names` of `folder` into a zip, whole or not at all; PNGs are packed already and stored as they are."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(out) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(out, error) from error
+    with whole_file(out, overwrite) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for name in names:
             entry = zipfile.ZipInfo(name, EPOCH)
             entry.external_attr = 0o644 << 16
@@ -136,7 +139,7 @@ def main() -> int:
     metadata = read_json(folder / "metadata.json")
     with tracking.start(account, "run-val" if metadata.get("annotated") else "run-test", plain(args)) as tracker:
         tracker.use(used)
-        write_zip(folder, names, out)
+        write_zip(folder, names, out, args.overwrite)
         tracking.log_results(tracker, metadata.get("decoder", "model"), {name: folder / name for name in names}, metadata)
     print(f"wrote {out}: {len(names) - 2} outputs, nparams {metadata['nparams']:,}")
     return 0

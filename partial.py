@@ -4,9 +4,9 @@ While it is made it lives beside its final place as .<name>.partial, with plan.j
 and progress-<process>.jsonl (a line per batch written: first row and a SHA-256 of its rows). Only the whole
 folder, with its meta.json, is renamed to its final name.
 """
+import contextlib
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from data import ArrayWriter, as_column
 from distributed import Group
-from files import BadInput, read_json, refuse_existing, sha256, try_lock, write_json
+from files import BadInput, CannotWrite, empty, publish, read_json, sha256, sole_owner, write_json
 
 ALONE = Group()
 
@@ -33,7 +33,9 @@ class PartialFolder:
 
     def __enter__(self):
         self.progress = self.path / f"progress-{self.group.rank}.jsonl"
+        self.held = contextlib.ExitStack()
         if self.group.main:
+            self.held.enter_context(sole_owner(self.path, self.out))
             self.prepare()
         self.group.wait()
         self.notes = {}
@@ -43,29 +45,22 @@ class PartialFolder:
         return self
 
     def prepare(self) -> None:
-        """Make the folder, or take over what an earlier run with the same plan left."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.path / "lock", "a")
-        except OSError as error:
-            raise BadInput(f"{self.path}: cannot be made ({error.strerror}); choose another --out") from error
-        if not try_lock(self.lock):
-            raise BadInput(f"{self.out}: another process is writing it; wait for it, or choose another --out")
+        """Take over what an earlier run with the same plan left, or empty the folder."""
+        for file in self.path.glob(".*.tmp"):  # what a kill left in the middle of a write
+            file.unlink()
         plan_file = self.path / "plan.json"
         if not plan_file.exists() or read_json(plan_file) != self.plan:
-            for file in self.path.iterdir():
-                if file.name != "lock":
-                    file.unlink()
+            empty(self.path)
             write_json(plan_file, self.plan)
 
     def __exit__(self, kind, error, traceback):
-        if self.group.main:
-            self.lock.close()
-        if isinstance(error, BadInput):  # the input is to blame: nothing worth keeping, nothing half-written
-            shutil.rmtree(self.path, ignore_errors=True)
-        elif isinstance(error, OSError):
-            raise BadInput(f"{self.path}: cannot be written ({error.strerror or error}); free some space and give the "
-                           "same command again: it goes on from what is there") from error
+        with self.held:
+            if isinstance(error, CannotWrite | OSError):
+                reason = error.strerror or error if isinstance(error, OSError) else error
+                raise CannotWrite(f"{self.path}: cannot be written ({reason}); free some space and give the "
+                                  "same command again: it goes on from what is there") from error
+            if isinstance(error, BadInput) and self.group.main:  # the input is to blame: nothing worth keeping
+                shutil.rmtree(self.path, ignore_errors=True)
 
     def has(self, name: str) -> bool:
         """Whether the file `name` was wholly written by an earlier run, and still holds the same bytes."""
@@ -101,12 +96,9 @@ class PartialFolder:
         write_json(self.path / "paths.json", {name: as_column(paths) for name, paths in columns.items()})
         digests = {file.name: sha256(file) for file in sorted(self.path.glob("*.npy"))}
         write_json(self.path / "meta.json", {**meta, "sha256": digests})
-        refuse_existing(self.out, self.overwrite)  # another process may have made it meanwhile
-        for file in [self.path / "plan.json", self.path / "lock", *self.path.glob("progress-*.jsonl")]:
+        for file in [self.path / "plan.json", *self.path.glob("progress-*.jsonl")]:
             file.unlink()
-        if self.out.exists():
-            shutil.rmtree(self.out)
-        os.rename(self.path, self.out)
+        publish(self.path, self.out, self.overwrite)
 
 
 def read_notes(file: Path) -> dict[str, str]:

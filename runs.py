@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import json
 import platform
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,9 +22,10 @@ import metrics
 import models
 import pictures
 import tracking
+from cli import Parser
 from data import FeatureFolder, folder_frames
 from distributed import Group
-from files import BadInput, Stopped, plain, read_json, try_lock, whole_file, write_json, write_text
+from files import BadInput, Stopped, cannot_write, empty, plain, read_json, sole_owner, whole_file, write_json, write_text
 from models import Decoder, Recipe
 from resident import Split, gather
 
@@ -38,7 +38,10 @@ TIMES = "times.jsonl"  # beside log.jsonl, which holds nothing that differs betw
 def prepare_folder(out: Path) -> None:
     """Make a run folder's folders."""
     for name in ("checkpoints", "predictions"):
-        (out / name).mkdir(parents=True, exist_ok=True)
+        try:
+            (out / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write(out / name, error) from error
 
 
 @contextlib.contextmanager
@@ -48,46 +51,88 @@ def own_folder(out: Path, fresh: bool, group: Group) -> Iterator[None]:
         group.wait()
         yield
         return
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "lock", "a") as lock:
-        if not try_lock(lock):
-            raise BadInput(f"{out}: another process is training there; wait for it, or choose another --out")
-        for path in out.iterdir() if fresh else ():
-            if path.name != "lock":
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with sole_owner(out, out):
+        if fresh:
+            empty(out)
+        for file in out.rglob(".*.tmp"):  # what a kill left in the middle of a write
+            file.unlink()
         prepare_folder(out)
         group.wait()
         yield
-    with contextlib.suppress(OSError):
-        (out / "lock").unlink()
 
 
 # --- its command -------------------------------------------------------------------------------
 
 
-def recall(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Return the arguments of an earlier run, to resume it in place (--resume) or to repeat it elsewhere (--args)."""
+KEPT = ("resume", "args", "overwrite", "debug", "device")  # flags that are this command's own, not the earlier run's
+
+
+def recall(args: argparse.Namespace, parser: Parser) -> argparse.Namespace:
+    """Return the arguments of an earlier run, to resume it in place (--resume) or to repeat it elsewhere (--args).
+
+    They are parsed anew, so that they are checked as on a command line. Raises BadInput when they are not
+    train.py's, and when a flag given now contradicts them.
+    """
     file = args.resume / "args.json" if args.resume else args.args
-    saved = read_json(file)
-    if not isinstance(saved, dict) or not isinstance(saved.get("args"), dict):
-        raise BadInput(f"{file}: expected the args.json that train.py writes")
+    saved = read_args(file)
     unknown = set(saved["args"]) - set(vars(args))
     if unknown:
         raise BadInput(f"{file}: unknown arguments {', '.join(sorted(unknown))}; was it written by another version?")
-    old = argparse.Namespace(**{**vars(args), **saved["args"]})
-    old.out = args.resume or args.out or Path(old.out)
-    old.resume, old.args, old.overwrite, old.debug, old.device = args.resume, args.args, args.overwrite, args.debug, args.device
+    parser.source = file
+    old = parser.parse_args([flag for name, value in saved["args"].items() for flag in as_flag(name, value)])
+    for name, value in vars(args).items():
+        if name not in (*KEPT, "out") and value not in (parser.get_default(name), getattr(old, name)):
+            raise BadInput(f"{file}: the run has --{name.replace('_', '-')} {getattr(old, name)}, which cannot be {value} here; "
+                           "leave the flag out, or start another run")
+    for name in KEPT:
+        setattr(old, name, getattr(args, name))
+    old.out = args.resume or args.out or old.out
     return old
+
+
+def read_args(file: Path) -> dict:
+    """Read the args.json of a run. Raises BadInput."""
+    saved = read_json(file)
+    if not isinstance(saved, dict) or not all(isinstance(saved.get(key), dict) for key in ("args", "features")):
+        raise BadInput(f"{file}: expected the args.json that train.py writes")
+    return saved
+
+
+def as_flag(name: str, value) -> list[str]:
+    """Return the command line flag of one argument; none for one that was not set."""
+    flag = "--" + name.replace("_", "-")
+    if value is None or (value is False and name != "shuffle") or name in KEPT:
+        return []
+    return ["--no-shuffle"] if value is False else [flag] if value is True else [f"{flag}={value}"]
+
+
+def check_same_data(args: argparse.Namespace, folders: list[FeatureFolder]) -> None:
+    """Raise BadInput when a run that is resumed or repeated had other features than `folders`, by their digests."""
+    file = args.resume / "args.json" if args.resume else args.args
+    before = list(read_args(file)["features"].values())
+    for folder, digests in zip(folders, [*before, *[None] * len(folders)]):
+        if folder.meta["sha256"] != digests:
+            raise BadInput(f"{folder.path}: holds other features than the run of {file} had, by their SHA-256; "
+                           "make them again as they were, or start another run")
+
+
+def git_revision() -> str | None:
+    """The commit these scripts are at, with "+changes" when files differ from it; None outside a git checkout."""
+    def git(*flags: str) -> str:
+        return subprocess.run(["git", "-C", str(Path(__file__).parent), *flags], capture_output=True, text=True).stdout.strip()
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "") or None
+    except OSError:  # git is not installed
+        return None
 
 
 def write_args(args: argparse.Namespace, recipe: Recipe, folders: list[FeatureFolder], out: Path) -> None:
     """Write args.json: the command, its arguments, the recipe they make, and what they ran on."""
-    revision = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
     write_json(out / "args.json", {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]], "args": plain(args), "recipe": recipe._asdict(),
         "features": {str(folder.path): folder.meta["sha256"] for folder in folders},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "git_revision": revision.stdout.strip() or None})
+        "git_revision": git_revision()})
 
 
 # --- stopping and going on ---------------------------------------------------------------------
@@ -148,24 +193,44 @@ def load_state(out: Path, parts: dict[str, object], state: dict, group: Group) -
     """Put `parts` and `state` back as last.pt has them, and drop log lines past it. Without last.pt: from the start."""
     if (out / "last.pt").exists():
         saved = checkpoints.load_plain(out / "last.pt", {*parts, "run"})
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-        state.update(saved["run"] | {"total": saved["run"]["total"].to(state["total"].device)})
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+            run = {name: type(value)(saved["run"][name]) for name, value in state.items() if name != "total"}
+            state.update(run, total=saved["run"]["total"].to(state["total"]))
+        except Exception as error:  # a damaged state can break what loads it in any way
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise BadInput(f"{out / 'last.pt'}: does not fit this run ({reason}); remove it to go on from the start") from error
     for name in ("log.jsonl", TIMES) if group.main else ():
-        lines = (out / name).read_text(encoding="utf-8").splitlines(keepends=True) if (out / name).exists() else []
-        write_text(out / name, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] < state["step"]))
+        rows = read_rows(out / name)
+        write_text(out / name, "".join(line + "\n" for line, row in rows if row["step"] < state["step"]))
+
+
+def read_rows(file: Path) -> list[tuple[str, dict]]:
+    """Return the lines of a log and the row that each holds; none when there is no log, and not a last line cut short by a kill."""
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
+        rows = [(line, json.loads(line)) for line in lines]
+        if not all(isinstance(row["step"], int) for _, row in rows):
+            raise ValueError("a line without a step")
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise BadInput(f"{file}: expected a line of JSON for each step logged ({error}); remove the damaged lines") from error
+    return rows
 
 
 def append_line(file: Path, row: dict) -> None:
-    """Append one JSON line."""
-    with open(file, "a", encoding="utf-8") as handle:
-        handle.write(json.dumps(row) + "\n")
+    """Append one JSON line. Raises CannotWrite."""
+    try:
+        with open(file, "a", encoding="utf-8") as handle:
+            handle.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise cannot_write(file, error) from error
 
 
 def read_log(out: Path) -> list[dict]:
     """Return the rows of log.jsonl with the seconds of times.jsonl, one per step logged."""
-    logs, times = ([json.loads(line) for line in (out / name).read_text().splitlines()] for name in ("log.jsonl", TIMES))
-    return [{**row, **{time["step"]: time for time in times}.get(row["step"], {})} for row in logs]
+    times = {row["step"]: row for _, row in read_rows(out / TIMES)}
+    return [{**row, **times.get(row["step"], {})} for _, row in read_rows(out / "log.jsonl")]
 
 
 # --- pictures ----------------------------------------------------------------------------------
@@ -175,7 +240,7 @@ def write_overlay(out: Path, step: int, decoder: Decoder, split: Split, tracker:
     """Write predictions/<step>.png: the middle frame of a split with prediction and truth; black where the frame is gone."""
     index = split.own()[len(split.own()) // 2:][:1]
     decoder.eval()
-    prediction = metrics.foreground(next(models.predict(decoder, split.features, index))[0].cpu().numpy())
+    prediction = metrics.foreground(next(models.predict(decoder, split.features, index)).cpu().numpy())
     decoder.train()
     folder, number = split.folder, int(index)
     mask = np.unpackbits(gather(split.masks, index, torch.device("cpu"), split.features.group)[0].numpy(), axis=1, count=folder.size[1]).astype(bool)
