@@ -58,7 +58,7 @@ def read_pairs(data: Path, split: str, predictions: Path) -> tuple[np.ndarray, n
     images = clips.images_in(predictions)
     if len(images) != len(frames):
         raise BadInput(f"{predictions}: expected {len(frames)} images, one for each frame of {data}, found {len(images)}")
-    pairs = []
+    pairs: list[tuple[np.ndarray, np.ndarray]] = []
     for image, frame in zip(images, frames):
         if frame.annotation is None:
             raise BadInput(f"{data}: {frame.clip} has no annotations to score against")

@@ -99,7 +99,7 @@ def write_features(path: Path, frames: int, shape: tuple[int, int, int], size: t
 
 def one_scale(args: argparse.Namespace, frames: int, place: str, folder: Path) -> dict:
     """Train and score `repeats` times with the features kept in one place; "fits" is false when they do not fit there."""
-    one = {"frames": frames, "resident": place, "fits": True, "ms_per_step": [], "train_peak_gb": [], "ms_per_scored_frame": [],
+    one: dict = {"frames": frames, "resident": place, "fits": True, "ms_per_step": [], "train_peak_gb": [], "ms_per_scored_frame": [],
            "score_peak_gb": []}
     common = ["--resident", place, "--device", args.device, "--threads", args.threads or measure.cores(), "--no-pictures", "--overwrite"]
     for _ in range(args.repeats):
@@ -141,7 +141,7 @@ def train(args: argparse.Namespace) -> None:
     device, before = choose_device(args.device), measure.machine()
     compute = featurizers.choose_compute("auto", device)
     featurizer = featurizers.build_featurizer(args.featurizer, None, "random", args.seed, compute).to(device)
-    shapes = {level: tuple(shape) for level, shape in featurizer.shapes(args.size).items()}
+    shapes = {level: (*shape,) for level, shape in featurizer.shapes(args.size).items()}
     copy = copy_rate(device, args.repeats)
     results = {"device": str(device), "featurizer": args.featurizer, "shapes": shapes, "compute": str(featurizer.compute)[6:],
                "amp": args.amp, "copy_gb_per_second": copy, "decoders": {}}
@@ -168,13 +168,13 @@ def time_decoder(name: str, featurizer: featurizers.Featurizer, shapes: models.S
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     torch.manual_seed(args.seed)
-    levels = [torch.randn(args.frames, *shape, dtype=torch.float16, device=device) for shape in shapes.values()]
-    grid = tuple(int(cells[-1]) + 1 for cells in decoder.cells())
-    targets = torch.rand(args.frames, *grid, device=device)
-    features, batch = resident.Features(levels, device), decoder.recipe.batch
+    levels: list[resident.Rows] = [torch.randn(args.frames, *shape, dtype=torch.float16, device=device) for shape in shapes.values()]
+    features = models.look_at_clips(name, resident.Features(levels, device), [f"clip-{index // 64}" for index in range(args.frames)])
+    decoder.standardise(features, torch.arange(args.frames))
+    targets, batch = torch.rand(args.frames, *decoder.grid, device=device), decoder.recipe.batch
     seconds = spread(time_steps(decoder, features, targets, args, device))
-    bytes_per_step = batch * sum(math.prod(shape) * 2 for shape in shapes.values())
-    both = spread(time_frames(featurizer, decoder.eval(), list(shapes), args, device))
+    bytes_per_step = batch * sum(level[0].numel() * level.element_size() for level in features.levels)
+    both = spread(time_frames(featurizer, name, decoder.eval(), list(shapes), args, device))
     return {"levels": list(shapes), "frames_per_step": batch, "steps_per_second": inverse(seconds, args.steps),
             "frames_per_second": inverse(seconds, args.steps * batch), "frame_to_mask_per_second": inverse(both, args.batch_size),
             "gathered_gb_per_second": bytes_per_step * args.steps / seconds["median"] / 1e9,
@@ -186,13 +186,12 @@ def time_steps(decoder: models.Decoder, features: resident.Features, targets: to
     """Return the seconds of `steps` training steps, `repeats` times, after as many to warm up: train.py's step, without its log."""
     area = torch.full(targets.shape[1:], 1 / targets[0].numel(), device=device)
     optimizer = torch.optim.Adam(decoder.parameters(), lr=decoder.recipe.lr)
-    orders = [torch.from_numpy(resident.batch_order(step, len(targets), decoder.recipe.batch, args.seed)).to(device)
-              for step in range(args.steps)]
+    orders = torch.randint(len(targets), (args.steps, decoder.recipe.batch), device=device)
 
     def steps() -> None:
         for order in orders:
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                loss = decoder.loss(decoder(features.batch(order)), targets[order], area)
+                loss = decoder.loss(decoder(features.batch(order)), targets[order], area).mean()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -201,14 +200,16 @@ def time_steps(decoder: models.Decoder, features: resident.Features, targets: to
 
 
 @torch.inference_mode()
-def time_frames(featurizer: featurizers.Featurizer, decoder: models.Decoder, levels: list[str], args: argparse.Namespace,
-                device: torch.device) -> list[float]:
-    """Return the seconds from a batch of decoded frames in host memory to their masks there, `repeats` times."""
+def time_frames(featurizer: featurizers.Featurizer, name: str, decoder: models.Decoder, levels: list[str],
+                args: argparse.Namespace, device: torch.device) -> list[float]:
+    """Return the seconds from a clip of `batch_size` decoded frames in host memory to its masks there, `repeats` times."""
+    everything, clips = torch.arange(args.batch_size, device=device), ["clip"] * args.batch_size
     frames = torch.randint(0, 256, (args.batch_size, 3, *args.size), dtype=torch.uint8)
 
     def frame_to_mask() -> None:
         maps = dict(zip(featurizer.levels, featurizer(frames.to(device))))
-        output = decoder([maps[level] for level in levels])
+        features = models.look_at_clips(name, resident.Features([maps[level] for level in levels], device), clips)
+        output = decoder(features.batch(everything))
         (decoder.probabilities(output.float()) * 255).to(torch.uint8).cpu()
 
     return time_on(device, frame_to_mask, args.repeats)
