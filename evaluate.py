@@ -55,6 +55,8 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--batch-size", type=positive_int, default=16, help="frames at a time (default: 16)")
     group.add_argument("--resident", choices=resident.RESIDENT, default=None,
                        help="where the features are kept (default: on the device, else host memory, else disk: the first that fits)")
+    group.add_argument("--refine", choices=["auto", "guided", "none"], default="auto",
+                       help="upsample masks along the frames' edges, which needs the frames (default: as the decoder asks)")
     group.add_argument("--no-verify", action="store_true", help="skip the SHA-256 check of the features")
     group = parser.add_argument_group("results")
     group.add_argument("--out", type=Path, default=None, help="folder to write (default: results/<name of the run>)")
@@ -152,6 +154,17 @@ def read_predictions(folder: Path, frames: list[clips.Frame]) -> list[Path]:
         if not file.is_file():
             raise BadInput(f"{file}: no such file; expected <clip>/<frame>.png, or one PNG a frame in order")
     return files
+
+
+def choose_guided(asked: str, decoder: models.Decoder, source: Source) -> bool:
+    """Whether to upsample along the frames' edges. Raises BadInput when that is wanted and a frame is gone."""
+    if asked == "none" or (asked == "auto" and not decoder.guided):
+        return False
+    gone = [frame.image for frame in source.frames if not frame.image.is_file()]
+    if gone:
+        raise BadInput(f"{gone[0]}: no such frame, and masks are refined along the frames' edges; pass --data with the "
+                       "folder that holds the frames now, or --refine none")
+    return True
 
 
 # --- what to write -----------------------------------------------------------------------------
@@ -270,7 +283,8 @@ def main() -> None:
                     "sizes": None if len(set(source.sizes)) == 1 else source.sizes}
         features = models.look_at_clips(model["decoder"], features, [frame.clip for frame in source.frames])
         index = torch.arange(len(source.frames))
-        pixels = (frame for batch in models.predict(decoder, features, index, args.batch_size) for frame in batch.cpu().numpy())
+        images = clips.read_images(source.frames, threads) if choose_guided(args.refine, decoder, source) else None
+        pixels = (frame.cpu().numpy() for frame in models.predict(decoder, features, index, args.batch_size, images))
         decoder_name, files = model["decoder"], None
 
     command = f"python {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}"

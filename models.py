@@ -11,6 +11,7 @@ import copy
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -18,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data import clip_ranges
 from files import BadInput
+from guided import guided_probabilities
 from resident import Features, with_clip_levels
 
 Shapes = dict[str, tuple[int, int, int]]  # level: (C, h, w), coarse to fine
@@ -43,6 +45,7 @@ class Decoder(nn.Module):
     """What decoders share: a grid of logits, its loss against soft targets, its masks at frame size."""
 
     recipe = Recipe()
+    guided = False  # whether evaluate.py upsamples its logits along the frame's edges unless told otherwise
     cues = 0  # channels that `clip_cues` adds beside each level; 0 for a decoder that sees frames one by one
 
     def __init__(self, grid: tuple[int, int], size: tuple[int, int]):
@@ -81,6 +84,9 @@ class Simple(Decoder):
 
     def __init__(self, shapes: Shapes, size: tuple[int, int]):
         (channels, height, width), = one_level(shapes, "simple")
+        if min(height, width) < 3:
+            raise BadInput(f"--decoder simple: expected features of at least 3 x 3 for its convolution, found {height} x {width}; "
+                           "featurize larger frames, or at a finer level")
         rows, columns = pooling(height - 2, size[0]), pooling(width - 2, size[1])
         super().__init__((len(rows[0]), len(columns[0])), size)
         self.conv = nn.Conv2d(channels, 1, kernel_size=3)
@@ -133,6 +139,7 @@ class FPN(Decoder):
 
     recipe = Recipe(steps=300, batch=12, lr=3e-3, optimizer="adamw", weight_decay=1e-2, schedule="onecycle", shuffle=True,
                     balanced=True, clip_gradient=1.0)
+    guided = True
     drop = 0.3  # share of a level's channels set to 0 in training
     lose = 0.0  # share of frames whose own features are set to 0 in training, which leaves the clip's cues
     width, fine, depths = 64, 32, (1, 2, 2, 1)  # channels, and blocks a grid from coarse to fine
@@ -363,8 +370,18 @@ def decoder_flops(decoder: Decoder, shapes: Shapes) -> int:
 
 
 @torch.inference_mode()
-def predict(decoder: Decoder, features: Features, index: torch.Tensor, batch: int = 32) -> Iterator[torch.Tensor]:
-    """Yield masks for the frames of `index`, int64 [n], `batch` at a time: uint8 [B, H, W], floor(255 * probability)."""
+def predict(decoder: Decoder, features: Features, index: torch.Tensor, batch: int = 32,
+            images: Iterator[np.ndarray] | None = None) -> Iterator[torch.Tensor]:
+    """Yield masks for the frames of `index`, int64 [n], in order: each uint8 [H, W], floor(255 * probability).
+
+    images: the frames themselves, uint8 [H, W, 3] each, in that order; the decoder's logits are then upsampled
+    along their edges, to their size (see guided.py). Without, they are upsampled plainly to the decoder's own.
+    """
     for part in index.split(batch):
-        output = decoder(features.batch(part))
-        yield (decoder.probabilities(output.float()) * 255).to(torch.uint8)
+        output = decoder(features.batch(part)).float()
+        if images is None:
+            yield from (decoder.probabilities(output) * 255).to(torch.uint8)
+            continue
+        for logits in output:
+            frame = torch.from_numpy(next(images)).to(features.device).permute(2, 0, 1)
+            yield (guided_probabilities(logits, frame) * 255).to(torch.uint8)

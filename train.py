@@ -6,7 +6,9 @@ writes runs/simple/: model.pt (the best by val IoU, else the last), log.jsonl, c
 checkpoints/, and last.pt, from which `--resume runs/simple` goes on after any stop.
 """
 import argparse
+import itertools
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -46,6 +48,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--decoder", choices=list(DECODERS), default="simple", help="(default: simple)")
     group.add_argument("--compile", action="store_true", help="run the decoder through torch.compile")
     group.add_argument("--amp", action="store_true", help="run the decoder in bfloat16 autocast")
+    group.add_argument("--deterministic", action="store_true",
+                       help="the same bytes from the same command on CUDA too, as always on the CPU; may be slower there")
     group = parser.add_argument_group("optimisation (default: the decoder's own recipe in models.py)")
     group.add_argument("--steps", type=positive_int, default=None, help="optimiser steps")
     group.add_argument("--batch-size", type=positive_int, default=None, help="frames a step")
@@ -99,7 +103,9 @@ def validate(decoder: Decoder, split: resident.Split) -> float:
     decoder.eval()
     group, device, own = split.features.group, split.features.device, split.own()
     total, count = torch.zeros(2, device=device).unbind()
-    for index, pixels in zip(own.split(32), models.predict(decoder, split.features, own)):
+    predictions = models.predict(decoder, split.features, own)
+    for index in own.split(32):
+        pixels = torch.stack(list(itertools.islice(predictions, len(index))))
         masks = resident.gather(split.masks, index, device, group)
         iou = metrics.contest_iou(metrics.pack(metrics.foreground(pixels)), masks)
         total += iou.nansum().to(total.dtype)
@@ -136,7 +142,8 @@ def train(args: argparse.Namespace, recipe: Recipe, training: resident.Split, va
 
     rows, columns = decoder.cells()
     area = (torch.bincount(rows)[:, None] * torch.bincount(columns) / math.prod(folder.size)).to(device)  # [gh, gw]
-    steps = range(state["step"], recipe.steps)
+    has_ended = args.patience and state["since_best"] >= args.patience  # and was killed before it could say so
+    steps = range(state["step"], state["step"] if has_ended else recipe.steps)
     clips = np.array(folder.meta["clips"])[training.index.numpy()]
     seed = args.seed if recipe.shuffle else None
     orders = (resident.batch_order(step, clips, recipe.batch, seed, recipe.balanced) for step in steps)
@@ -225,6 +232,9 @@ def main() -> None:
     account = tracking.from_flags(args)
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when CUDA starts, and adds in a fixed order
+        torch.use_deterministic_algorithms(True)
     group, device = distributed.join(choose_device(args.device))
     recipe = choose_recipe(args)
     out = args.out or Path("runs") / (tracking.sweep_run_id() or args.decoder)
@@ -235,10 +245,16 @@ def main() -> None:
         args.features = f"wandb:{used[0]}"
     if args.val_features and used[1]:
         args.val_features = f"wandb:{used[1]}"
+    if args.resume or args.args:
+        runs.check_same_data(args, folders)
     levels = args.levels.split(",") if args.levels else list(folders[0].meta["levels"])
     for folder in folders:
         data.check_levels(folder, levels)
     checkpoints.check_same_features(folders, levels)
+    names = folders[0].meta["clips"]
+    folds = resident.fold_clips(names, args.folds, args.seed) if args.folds else []
+    apart = resident.split_clips(names, args.holdout, args.seed) if args.holdout and len(folders) == 1 else None
+    models.make_decoder(args.decoder, {level: tuple(folders[0].meta["levels"][level]) for level in levels}, folders[0].size)  # or BadInput
     if not args.resume and group.main:
         refuse_existing(out, args.overwrite)
     place = resident.choose_resident(args.resident, folders, levels, device, group)
@@ -253,22 +269,22 @@ def main() -> None:
         if not args.resume and group.main:
             runs.write_args(args, recipe, folders, out)
         training, validation = splits[0], splits[1] if len(splits) > 1 else None
-        if args.folds:
-            train_folds(args, recipe, training, levels, out, account, used)
+        if folds:
+            train_folds(args, recipe, training, folds, levels, out, account, used)
             return
-        if args.holdout and validation is None:
-            kept, held = resident.split_clips(training.folder.meta["clips"], args.holdout, args.seed)
-            training, validation = resident.select(training, kept), resident.select(training, held)
+        if apart:
+            training, validation = (resident.select(training, index) for index in apart)
         best, _ = train(args, recipe, training, validation, levels, out, account, used)
     if group.main:
         print(f"wrote {out}: model.pt" + (f", val IoU {best:.4f}" if best is not None else ""))
         print(f"next: python evaluate.py --model {out} --features {args.val_features or 'FEATURES'}")
 
 
-def train_folds(args, recipe: Recipe, training: resident.Split, levels: list[str], out: Path, account, used) -> None:
+def train_folds(args, recipe: Recipe, training: resident.Split, folds: list[np.ndarray], levels: list[str], out: Path,
+                account, used) -> None:
     """Train --folds times, each validating on other clips, and print and write the mean IoU over all frames' folds."""
     ious = []
-    for fold, held in enumerate(resident.fold_clips(training.folder.meta["clips"], args.folds, args.seed)):
+    for fold, held in enumerate(folds):
         kept = np.setdiff1d(np.arange(training.folder.frames), held)
         runs.prepare_folder(out / f"fold-{fold}")
         best, decoder = train(args, recipe, resident.select(training, kept), resident.select(training, held), levels, out / f"fold-{fold}", account, used)
