@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -67,24 +68,33 @@ class Child(NamedTuple):
         return float(re.findall(r"^seconds: .*? ([\d.]+) \(", self.out, re.MULTILINE)[-1])
 
 
+LAUNCHER = """
+import json, os, subprocess, sys, time
+started = time.perf_counter()
+process = subprocess.Popen(sys.argv[2:])
+_, status, usage = os.wait4(process.pid, 0)
+measured = [os.waitstatus_to_exitcode(status), time.perf_counter() - started, usage.ru_maxrss]
+json.dump(measured, open(sys.argv[1], "w"))
+"""
+
+
 def run_child(*command, may_fail: bool = False) -> Child:
     """Run a command to its end and measure it. Raises BadInput with its last line when it fails, unless it may.
 
-    Its peak is at least what this process has resident when it starts the child: the kernel counts from there.
+    A launcher of a few MB starts it: a process's peak counts from what its parent has had resident, and we hold torch.
     """
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        started = time.perf_counter()
-        process = subprocess.Popen([*map(str, command)], stdout=out, stderr=err)
+    with tempfile.NamedTemporaryFile("r") as note, tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        launcher = subprocess.Popen([sys.executable, "-S", "-c", LAUNCHER, note.name, *map(str, command)], stdout=out, stderr=err,
+                                    start_new_session=True)
         try:
-            _, status, usage = os.wait4(process.pid, 0)
+            launcher.wait()
         except BaseException:
-            process.kill()
+            os.killpg(launcher.pid, signal.SIGKILL)
             raise
-        seconds, process.returncode = time.perf_counter() - started, os.waitstatus_to_exitcode(status)
+        status, seconds, peak = json.load(note)
         out.seek(0)
         err.seek(0)
-        unit = 1 if sys.platform == "darwin" else 1024
-        child = Child(process.returncode, out.read(), err.read(), seconds, usage.ru_maxrss * unit)
+        child = Child(status, out.read(), err.read(), seconds, peak * (1 if sys.platform == "darwin" else 1024))
     if child.status and not may_fail:
         reason = (child.err.strip().splitlines() or ["nothing on standard error"])[-1]
         raise BadInput(f"{shlex.join(Path(part).name for part in map(str, command[:2]))} ended with status {child.status}: {reason}")
