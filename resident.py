@@ -303,9 +303,12 @@ def batch_order(step: int, clips: np.ndarray, batch: int, seed: int | None, bala
 def split_clips(clips: list[str], share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Part frames by whole clips: returns (kept, held out) frame indices, int64.
 
-    share: of the clips held out, in 0..1, at least one clip and never all; chosen by `seed`.
+    share: of the clips held out, in 0..1, at least one clip and never all; chosen by `seed`. Raises BadInput
+    when there is only one clip.
     """
     names = sorted(set(clips))
+    if len(names) < 2:
+        raise BadInput(f"--holdout {share:g}: expected at least two clips, found only {names[0]!r}")
     count = min(max(1, round(share * len(names))), len(names) - 1)
     held = set(np.random.default_rng(seed).permutation(names)[:count])
     out = np.array([clip in held for clip in clips])

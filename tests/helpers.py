@@ -124,10 +124,10 @@ def cut(file: Path, share: float = 0.5) -> None:
 
 
 def random_masks(rng: np.random.Generator, frames: int, size: tuple[int, int]) -> np.ndarray:
-    """Masks [N, H, W] bool: a rectangle each, of the frame's pixels and so across any grid's cells."""
+    """Masks [N, H, W] bool: a rectangle each, whose edges fall anywhere in a grid's cells."""
     masks = np.zeros((frames, *size), bool)
     for mask in masks:
-        (top, height), (left, width) = ((int(rng.integers(side // 2)), int(rng.integers(1, side // 2))) for side in size)
+        (top, height), (left, width) = ((int(rng.integers(side // 2)), int(rng.integers(side // 4, side // 2 + 1))) for side in size)
         mask[top:top + height, left:left + width] = True
     return masks
 
@@ -146,7 +146,7 @@ def write_features(folder: Path, clips: dict[str, int], size: tuple[int, int] = 
         rng = np.random.default_rng([seed, *clip.encode()])
         masks.append(random_masks(rng, frames, size))
         for level, (channels, height, width) in levels.items():
-            rows, columns = (np.arange(count) * side // count for count, side in zip((height, width), size))
+            rows, columns = ((np.arange(count) * 2 + 1) * side // (2 * count) for count, side in zip((height, width), size))
             seen = masks[-1][:, rows[:, None], columns].astype(np.float32)  # [n, h, w]
             noise = rng.standard_normal((frames, channels, height, width)).astype(np.float32)
             features[level].append(noise + seen[:, None] * np.linspace(-2, 2, channels, dtype=np.float32)[:, None, None])
