@@ -3,11 +3,14 @@
 Parted from models.py, which is left with the decoders themselves.
 """
 import io
+import warnings
+import zipfile
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from clips import checked_size
 from data import FeatureFolder
 from files import BadInput, whole_file
 from models import Decoder, make_decoder
@@ -41,7 +44,11 @@ def load_plain(path: Path, keys: set[str]) -> dict:
     if not path.is_file():
         raise BadInput(f"{path}: no such file; train.py writes model.pt")
     try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as archive:  # torch.save packs nothing, so what is packed is not its own, and may be a bomb
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                raise ValueError("its entries are larger than itself")
+        with warnings.catch_warnings(action="ignore"):
+            value = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling damaged bytes raises every kind
         raise BadInput(f"{path}: cannot be read as a checkpoint ({(str(error) or type(error).__name__).splitlines()[0][:200]})") from error
     if not isinstance(value, dict) or not keys <= value.keys():
@@ -62,6 +69,7 @@ def load_model(path: Path) -> tuple[Decoder, dict]:
     model = load_plain(path, keys)
     try:
         state = model.pop("state")
+        check_description(model)
         decoder = rebuild(model, state, model["shapes"], model["size"])
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from error
@@ -69,6 +77,23 @@ def load_model(path: Path) -> tuple[Decoder, dict]:
         reason = " ".join(str(error).split())[:200]
         raise BadInput(f"{path}: does not fit the decoder {model['decoder']!r} it names ({reason})") from error
     return decoder, model
+
+
+def check_description(model: dict) -> None:
+    """Raise BadInput unless a description read from a file is as `describe` makes it, and its decoder can be made at all."""
+    shapes, size, levels = model["shapes"], model["size"], model["featurizer_levels"]
+    if not all(isinstance(model[key], str) for key in ("decoder", "featurizer", "weights")):
+        raise BadInput("its decoder, featurizer and weights should be text")
+    if not all(type(model[key]) is int and 0 <= model[key] < 1 << 63 for key in ("featurizer_parameters", "featurizer_flops")):
+        raise BadInput("its featurizer's parameters and FLOPs should be counts")
+    if not isinstance(levels, list) or not isinstance(shapes, dict) or not shapes or not all(level in levels for level in shapes) \
+            or not all(isinstance(level, str) for level in levels):
+        raise BadInput("its shapes should be {level: [C, h, w]}, of levels of its featurizer")
+    for shape, limits in [(size, (1 << 16, 1 << 16)), *((shape, (1 << 14, 1 << 12, 1 << 12)) for shape in shapes.values())]:
+        if not isinstance(shape, list) or len(shape) != len(limits) or not all(
+                type(n) is int and 0 < n <= limit for n, limit in zip(shape, limits)):
+            raise BadInput(f"its size or a shape is {' '.join(str(shape).split())[:100]}; expected whole numbers, [H, W] or [C, h, w], up to {list(limits)}")
+    checked_size(size, Path("its frames"))
 
 
 def rebuild(model: dict, state: dict, shapes: dict, size: tuple[int, int]) -> Decoder:

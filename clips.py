@@ -3,6 +3,7 @@
 `find_frames` turns a folder or a video into a list of `Frame`; `read_image` and `read_mask` decode one.
 Parted from data.py, which knows only the feature folder, so that each can be read on its own.
 """
+import contextlib
 import itertools
 import re
 import warnings
@@ -14,12 +15,15 @@ from typing import NamedTuple, TypeVar
 
 import imageio.v3 as iio
 import numpy as np
+from imageio.core.v3_plugin_api import PluginV3
 
 from files import BadInput, read_json
 
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 VIDEOS = {".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".gif", ".apng"}
+KINDS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"RIFF", b"II*\0", b"MM\0*", b"GIF8")  # what such files start with
 PIXELS_LIMIT = 64_000_000  # 8K video is 33 million; more than this is a decompression bomb, not a frame
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata, and of sizes that `checked_size` refuses
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
@@ -76,7 +80,7 @@ def find_davis(root: Path, split: str | None) -> list[Frame]:
         raise BadInput(f"{file}: the split is empty; expected one frame or clip a line")
     frames = []
     for parts in lines:
-        if len(parts) == 1 and not Path(parts[0]).suffix:  # 2017: a clip a line
+        if len(parts) == 1 and is_name(parts[0]) and not Path(parts[0]).suffix:  # 2017: a clip a line
             frames += find_davis_clip(root, parts[0], file)
         else:  # 2016: a frame and, but for test sets, its annotation
             image, *annotation = (inside(root, part.lstrip("/"), file) for part in parts[:2])
@@ -132,8 +136,18 @@ def inside(root: Path, path: str, listed_in: Path) -> Path:
     """Return `root / path`, backslashes read as slashes. Raises BadInput when that would leave `root`."""
     parts = PurePosixPath(path.replace("\\", "/"))
     if parts.is_absolute() or ".." in parts.parts or ":" in path or "\0" in path or not parts.parts:
-        raise BadInput(f"{listed_in}: {path!r} leaves its folder; expected a relative path without '..'")
+        raise BadInput(f"{listed_in}: {path[:200]!r} leaves its folder; expected a relative path without '..'")
+    if len(path) > 2000 or not all(map(is_name, parts.parts)):
+        raise BadInput(f"{listed_in}: {path[:200]!r} is no path; expected folders and a file name")
     return root / parts
+
+
+def is_name(text) -> bool:
+    """Say whether `text` can name one file or folder: no path, no name that leads elsewhere or that no disk takes."""
+    try:
+        return not {"/", "\\", "\0"} & set(text) and text not in (".", "..") and len(text.encode()) < 256
+    except (AttributeError, TypeError, UnicodeEncodeError):  # not text; half a surrogate pair
+        return False
 
 
 def find_folders(root: Path) -> list[Frame]:
@@ -150,7 +164,7 @@ def images_in(folder: Path) -> list[Path]:
 
 def natural(path: Path) -> list:
     """A sort key under which frame2 comes before frame10."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", path.name)]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", path.name)]
 
 
 def find_video(path: Path) -> list[Frame]:
@@ -206,7 +220,7 @@ def is_indexed(path: Path) -> bool:
 
 def image_size(path: Path) -> tuple[int, int]:
     """Return (H, W) from an image file's header, without decoding it. Raises BadInput as `read_image` does."""
-    with readable(path), iio.imopen(path, "r", plugin="pillow") as file:
+    with opened(path) as file:
         return checked_size(file.properties(index=0).shape, path)
 
 
@@ -220,29 +234,37 @@ def checked_size(shape: tuple[int, ...], path: Path) -> tuple[int, int]:
 
 def decode(path: Path, mode: str | None) -> np.ndarray:
     """Decode an image file into an array of Pillow's `mode` (None: its own)."""
-    with readable(path), iio.imopen(path, "r", plugin="pillow") as file:
+    with opened(path) as file:
         checked_size(file.properties(index=0).shape, path)
         return file.read(index=0, mode=mode)
 
 
-class readable:
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[PluginV3]:
+    """Open an image file. Raises BadInput for one that is not of KINDS, whatever it is called, and as `readable` does.
+
+    Pillow would go by the content too, and start Ghostscript for one kind; imageio would look into archives.
+    """
+    with readable(path), open(path, "rb") as handle:
+        if not handle.read(16).startswith(KINDS):
+            raise BadInput(f"{path}: cannot be decoded; expected the content of a {' '.join(sorted(IMAGES))} file")
+        handle.seek(0)
+        with iio.imopen(handle, "r", plugin="pillow") as file:
+            yield file
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
     """A context in which whatever a decoder raises becomes BadInput naming the file."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self):
-        self.warnings = warnings.catch_warnings()
-        self.warnings.__enter__()
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        self.warnings.__exit__(kind, error, traceback)
-        if isinstance(error, FileNotFoundError):
-            raise BadInput(f"{self.path}: no such file") from error
-        if isinstance(error, Exception) and not isinstance(error, BadInput):  # decoders raise every kind there is
-            reason = (str(error) or kind.__name__).splitlines()[0][:200]
-            raise BadInput(f"{self.path}: cannot be decoded ({reason}); expected a whole image or video") from error
+    try:
+        yield
+    except BadInput:
+        raise
+    except FileNotFoundError as error:
+        raise BadInput(f"{path}: no such file") from error
+    except Exception as error:  # decoders raise every kind there is
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise BadInput(f"{path}: cannot be decoded ({reason}); expected a whole image or video") from error
 
 
 def read_video(path: Path) -> Iterator[np.ndarray]:
@@ -256,6 +278,8 @@ def read_video(path: Path) -> Iterator[np.ndarray]:
         except ImportError:
             raise BadInput(f"{path}: reading a {path.suffix} video needs ffmpeg; run `pip install imageio-ffmpeg`, "
                            "or pass a folder of frames") from None
+    if plugin == "pillow":
+        image_size(path)  # raises for one that is no image, or too large
     with readable(path):
         for image in iio.imiter(path, plugin=plugin, **options):
             yield np.ascontiguousarray(image[..., :3])

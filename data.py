@@ -9,13 +9,14 @@
 N frames, C channels, h w feature grid, H W mask size. Levels are ordered coarse to fine.
 """
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from clips import Frame, inside, read_paths
+from clips import Frame, checked_size, inside, is_name, read_paths
 from files import BadInput, read_json, whole_file
 
 FORMAT = 1
@@ -76,6 +77,9 @@ def open_features(path: Path) -> FeatureFolder:
     masks = path / "masks.npy"
     if masks.exists():
         check_array(masks, (frames, height, -(-width // 8)), (np.uint8,))
+    for file in [*files.values(), *([masks] if masks.exists() else [])]:
+        if not isinstance(meta["sha256"].get(file.name), str):
+            raise BadInput(f"{path / 'meta.json'}: 'sha256' lacks the digest of {file.name}; make the folder anew with featurize.py")
     paths = read_paths(path / "paths.json")
     if "raw" not in paths:
         raise BadInput(f"{path / 'paths.json'}: expected a column 'raw', found {', '.join(paths) or 'none'}")
@@ -100,15 +104,19 @@ def read_meta(file: Path) -> dict:
     if not meta["levels"] or [len(shape) for shape in numbers if isinstance(shape, list)] != [2] + [3] * len(meta["levels"]) \
             or not all(isinstance(n, int) and 0 < n < 1 << 31 for shape in numbers for n in shape):
         raise BadInput(f"{file}: 'size' should be [H, W] and 'levels' {{name: [C, h, w]}}, whole numbers above 0")
-    if any("/" in level or "\\" in level or ".." in level for level in meta["levels"]):
+    if not all(map(is_name, meta["levels"])):
         raise BadInput(f"{file}: a level's name holds a path; expected names such as s16")
+    if not all(0 <= meta[key] < 1 << 63 for key in ("parameters", "flops_per_frame")):
+        raise BadInput(f"{file}: 'parameters' and 'flops_per_frame' should be counts")
     if not meta["clips"] or len(meta["names"]) != len(meta["clips"]) or not all(
-            isinstance(name, str) for name in meta["clips"] + meta["names"]):
-        raise BadInput(f"{file}: 'clips' and 'names' should name every frame's clip and itself")
+            is_name(name) for name in meta["clips"] + meta["names"]):
+        raise BadInput(f"{file}: 'clips' and 'names' should name every frame's clip and itself, and hold no paths")
     sizes = meta["sizes"]
     if sizes is not None and (len(sizes) != len(meta["clips"]) or not all(
             isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size) for size in sizes)):
         raise BadInput(f"{file}: 'sizes' should hold [H, W] of every frame")
+    for size in [meta["size"], *(sizes or [])]:
+        checked_size(size, file)
     return meta
 
 
@@ -120,7 +128,7 @@ def level_file(level: str, levels) -> str:
 def check_array(file: Path, shape: tuple[int, ...], dtypes: tuple) -> tuple[int, np.dtype]:
     """Check an .npy file's header and length; return where its data starts (bytes) and its dtype. Raises BadInput."""
     try:
-        with open(file, "rb") as handle:
+        with open(file, "rb") as handle, warnings.catch_warnings(action="ignore"):  # of odd Python in the header
             version = np.lib.format.read_magic(handle)
             read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
             found, fortran, dtype = read(handle)
@@ -142,7 +150,7 @@ def folder_frames(folder: FeatureFolder, root: Path | None = None) -> list[Frame
     """Return where the frames and annotations of a feature folder are, below `root` (None: where they were featurized)."""
     meta, root = folder.meta, Path(root or folder.meta["data"])
     listed_in = folder.path / "paths.json"
-    if root.is_file():  # a video
+    if os.path.isfile(root):  # a video
         return [Frame(clip, name, root, None, number) for number, (clip, name) in enumerate(zip(meta["clips"], meta["names"]))]
     columns = folder.paths["raw"], folder.paths.get("annotation", [None] * folder.frames)
     return [Frame(clip, name, inside(root, raw, listed_in), annotation and inside(root, annotation, listed_in))

@@ -64,7 +64,8 @@ def check_paths(file: Path, table, broken: list[str]) -> list[str]:
     broken += [f"{file}: index {key!r} is not a number from 0 to {len(column) - 1}" for key in sorted(column.keys() - expected)]
     broken += [f"{file}: index {key} is missing" for key in sorted(expected - column.keys(), key=int)]
     paths = [column[key] for key in sorted(expected & column.keys(), key=int)]
-    bad = [path for path in paths if not isinstance(path, str) or not re.fullmatch(r"outputs/[\w.-]+\.png", path)]
+    bad = [path for path in paths if not isinstance(path, str) or not re.fullmatch(r"outputs/[\w.-]+\.png", path)
+           or not clips.is_name(path[8:])]
     broken += [f"{file}: {path!r} is not a PNG in outputs/" for path in bad]
     broken += [f"{file}: {path!r} is named {paths.count(path)} times" for path in sorted({p for p in paths if isinstance(p, str)})
                if paths.count(path) > 1] if len(set(map(str, paths))) < len(paths) else []
@@ -87,7 +88,7 @@ def expected_sizes(metadata, count: int) -> list[tuple[int, int] | None]:
     """Return each output's (H, W) as metadata.json has it; None where it does not say."""
     metadata = metadata if isinstance(metadata, dict) else {}
     sizes = metadata.get("sizes") or [metadata.get("size")] * count
-    sizes = [tuple(size) if isinstance(size, list) else None for size in sizes] if isinstance(sizes, list) else []
+    sizes = [tuple(size) if isinstance(size, list) and len(size) == 2 else None for size in sizes] if isinstance(sizes, list) else []
     return (sizes + [None] * count)[:count]
 
 

@@ -198,7 +198,7 @@ BAD_MODELS = {
     "another decoder's weights": (lambda path: resave(path, decoder="simple"), "does not fit the decoder 'simple' it names"),
     "an unknown decoder": (lambda path: resave(path, decoder="unheard-of"), "decoder 'unheard-of': unknown; there are simple, linear"),
     "another shape": (lambda path: resave(path, shapes={"s32": [8, 7, 9]}), "does not fit the decoder 'linear' it names"),
-    "a damaged shape": (lambda path: resave(path, shapes={"s32": "7x9"}), "does not fit"),
+    "a damaged shape": (lambda path: resave(path, shapes={"s32": "7x9"}), "a shape is 7x9"),
     "no state": (lambda path: resave(path, state=None), "does not fit"),
     "a weight missing": (lambda path: resave(path, state={}), "does not fit"),
 }
