@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from files import BadInput, read_json, try_lock, write_json
@@ -124,7 +124,7 @@ def alone(home: Path) -> Iterator[None]:
     """
     try:
         home.mkdir(parents=True, exist_ok=True)
-        lock = open(home.with_name(f".{home.name}.lock"), "a")
+        lock = open(home.with_name(f".{home.name}.lock"), "a")  # noqa: SIM115  closed below
     except OSError as error:
         raise BadInput(f"{home}: cannot be written ({error.strerror}); set WANDB_CACHE_DIR to a folder that can") from error
     with lock:
@@ -196,6 +196,7 @@ def check_digest(name: str, path: Path, entry) -> None:
     """Raise BadInput unless the file has the digest of its manifest entry: MD5, or XXH128 where it says so, in base64."""
     if not path.is_file():
         raise BadInput(f"wandb:{name}: the file {path.name} did not arrive; try again")
+    digest: Any
     if entry.extra.get("alg") == "XXH128":
         import xxhash  # comes with wandb
         digest = xxhash.xxh128()

@@ -22,7 +22,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from files import BadInput
 
@@ -141,10 +141,13 @@ class Tracker:
 
     def __init__(self, account: Account, log: Path | None):
         self.account, self.path = account, log
-        self.run, self.failed = None, False
-        self.watched = None  # (model, every), see `watch`
-        self.wanted, self.folder = {}, None  # what the run was made with, and where the client keeps it
-        self.sent, self.unsent = [], []  # artifacts on their way, and (artifact, aliases) the client would not take
+        self.run: Any = None
+        self.failed = False
+        self.watched: tuple[Any, int] | None = None  # (model, every), see `watch`
+        self.wanted: dict = {}  # what the run was made with
+        self.folder: str | None = None  # where the client keeps it
+        self.sent: list = []  # artifacts on their way
+        self.unsent: list[tuple] = []  # (artifact, aliases) that the client would not take
 
     def __enter__(self):
         return self
@@ -169,8 +172,8 @@ class Tracker:
                 raise BadInput(f"{self.path}: cannot be written ({error.strerror}); free some space") from error
         with self.going_on("metrics"):
             if self.run is not None:
-                watching = self.watched is not None and step % self.watched[1] == 0
-                self.run.log({**row, **(timings or {}), **(self.gradients() if watching else {})}, step=step)
+                shown = gradients(self.watched[0]) if self.watched and step % self.watched[1] == 0 else {}
+                self.run.log({**row, **(timings or {}), **shown}, step=step)
 
     def image(self, step: int, frame, prediction, mask=None, caption: str = "", key: str = "prediction") -> None:
         """Log a frame [H, W, 3] uint8 with its predicted and true masks [H, W], 0 or 1, as switchable layers."""
@@ -189,16 +192,6 @@ class Tracker:
         device within every backward pass, and files what it sees under the step before.)
         """
         self.watched = (model, every)
-
-    def gradients(self) -> dict:
-        """Return {"gradients/<parameter>": histogram of its finite values} of the watched model."""
-        import wandb
-        row = {}
-        for name, parameter in self.watched[0].named_parameters():
-            if parameter.grad is not None:
-                values = parameter.grad.detach().float().cpu()
-                row[f"gradients/{name}"] = wandb.Histogram(values[values.isfinite()].numpy())
-        return row
 
     def summary(self, values: dict) -> None:
         """Set the run's final numbers, as the run table shows them."""
@@ -282,6 +275,17 @@ class Tracker:
             twin.log_artifact(artifact, aliases=aliases)
         twin.finish()
         return folder
+
+
+def gradients(model) -> dict:
+    """Return {"gradients/<parameter>": histogram of its finite values} of a model."""
+    import wandb
+    row = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            values = parameter.grad.detach().float().cpu()
+            row[f"gradients/{name}"] = wandb.Histogram(values[values.isfinite()].numpy())
+    return row
 
 
 def say(message: str) -> None:
