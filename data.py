@@ -136,7 +136,7 @@ def check_array(file: Path, shape: tuple[int, ...], dtypes: tuple) -> tuple[int,
     except FileNotFoundError:
         raise BadInput(f"{file}: no such file, though meta.json speaks of it; make the folder anew with featurize.py") from None
     except Exception as error:  # numpy parses the header as Python source: anything can come of damaged bytes
-        raise BadInput(f"{file}: expected a .npy array, found something else ({error})") from error
+        raise BadInput(f"{file}: expected a .npy array, found something else ({(str(error) or 'damaged').splitlines()[0]})") from error
     if found != tuple(shape) or fortran or dtype not in dtypes:
         raise BadInput(f"{file}: holds {dtype} {list(found)}, but meta.json says {'/'.join(np.dtype(d).name for d in dtypes)} "
                        f"{list(shape)}; make the folder anew with featurize.py")

@@ -14,7 +14,7 @@ from pathlib import Path
 import artifacts
 import clips
 import tracking
-from cli import Parser, add_run_flags, progress, run
+from cli import Parser, add_run_flags, one_line, progress, run
 from files import BadInput, plain, read_json, whole_file
 from models import LIMIT
 
@@ -46,9 +46,12 @@ def check(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def read_or_note(file: Path, broken: list[str]):
-    """Return what a JSON file holds; None, and a line in `broken`, when it cannot be read."""
+    """Return the object that a JSON file holds; None, and a line in `broken`, when it cannot be read or holds something else."""
     try:
-        return read_json(file)
+        value = read_json(file)
+        if not isinstance(value, dict):
+            raise BadInput(f"{file}: expected a JSON object, found something else")
+        return value
     except BadInput as error:
         broken.append(str(error))
         return None
@@ -134,7 +137,7 @@ def main() -> int:
         raise BadInput(f"{out}: is there already; pass --overwrite to replace it, or another --out")
     names, broken = check(folder)
     if broken:
-        print("\n".join(broken), file=sys.stderr)
+        print("\n".join(map(one_line, broken)), file=sys.stderr)
         print(f"package.py: {folder} breaks {len(broken)} of the contest's rules; nothing was written", file=sys.stderr)
         return 1
     metadata = read_json(folder / "metadata.json")
