@@ -214,7 +214,8 @@ def train(args: argparse.Namespace, recipe: Recipe, training: resident.Split, va
 def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe) -> torch.optim.lr_scheduler.LRScheduler:
     """The learning rate's course over the steps."""
     if recipe.schedule == "onecycle":
-        return torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=recipe.steps + 1, pct_start=0.1)
+        rise = max(0.1, 2 / (recipe.steps + 1))  # of at least one step: PyTorch divides by its length
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=recipe.steps + 1, pct_start=rise)
     return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
 
 
