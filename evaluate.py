@@ -156,6 +156,14 @@ def read_predictions(folder: Path, frames: list[clips.Frame]) -> list[Path]:
     return files
 
 
+def read_prediction(file: Path, size: tuple[int, int]) -> np.ndarray:
+    """Decode a prediction to uint8 [H, W], whatever mode it has. Raises BadInput when that is not `size` = (H, W)."""
+    pixels = clips.decode(file, "L")
+    if pixels.shape != size:
+        raise BadInput(f"{file}: is {pixels.shape[1]} x {pixels.shape[0]}, its frame {size[1]} x {size[0]}; expected the same size")
+    return pixels
+
+
 def choose_guided(asked: str, decoder: models.Decoder, source: Source) -> bool:
     """Whether to upsample along the frames' edges. Raises BadInput when that is wanted and a frame is gone."""
     if asked == "none" or (asked == "auto" and not decoder.guided):
@@ -183,8 +191,6 @@ def finish_frame(pixels: np.ndarray, index: int, source: Source, file: Path | No
             pixels = torch.nn.functional.interpolate(torch.from_numpy(pixels)[None, None].float(), size, mode="bilinear")
             pixels = pixels[0, 0].to(torch.uint8).numpy()
         iio.imwrite(file, pixels, plugin="pillow", compress_level=1)
-    elif pixels.shape != size:
-        raise BadInput(f"prediction {index} is {pixels.shape[1]} x {pixels.shape[0]}, its frame {size[1]} x {size[0]}")
     row = {"index": index, "clip": source.frames[index].clip, "frame": source.frames[index].name}
     mask = source.mask(index)
     if mask is None:
@@ -214,7 +220,7 @@ def write_pictures(out: Path, source: Source, files: list[Path], rows: list[dict
 
     def draw(first: int, stop: int) -> Iterator[np.ndarray]:
         for index, image in zip(range(first, stop), clips.read_images(source.frames[first:stop])):
-            prediction = metrics.foreground(clips.decode(files[index], None))
+            prediction = metrics.foreground(clips.decode(files[index], "L"))
             mask = source.mask(index)
             if mask is not None:
                 mask = np.unpackbits(mask, axis=1, count=prediction.shape[1]).astype(bool)
@@ -259,7 +265,7 @@ def main() -> None:
         out = args.out or Path("results") / name
         refuse_existing(out, args.overwrite)
         metadata = {"predictions": args.predictions, "frames": len(frames)}
-        pixels: Iterable[np.ndarray] = clips.in_threads(lambda file: clips.decode(file, "L"), files, threads, 64)
+        pixels: Iterable[np.ndarray] = clips.in_threads(lambda item: read_prediction(*item), zip(files, source.sizes), threads, 64)
         decoder_name = name.removesuffix("-result")
     else:
         decoder, model = checkpoints.load_model(model_path)

@@ -40,9 +40,9 @@ def check(folder: Path) -> tuple[list[str], list[str]]:
         broken += check_metadata(folder / "metadata.json", metadata, len(paths))
     sizes = expected_sizes(metadata, len(paths))
     for path, size in progress(zip(paths, sizes), "check", len(paths)):
-        problem = check_output(folder / path, size)
+        problem = check_output(folder / path, size) if path is not None else None
         broken += [problem] if problem else []
-    return [*paths, "paths.json", "metadata.json"], broken
+    return [*(path for path in paths if path is not None), "paths.json", "metadata.json"], broken
 
 
 def read_or_note(file: Path, broken: list[str]):
@@ -57,8 +57,8 @@ def read_or_note(file: Path, broken: list[str]):
         return None
 
 
-def check_paths(file: Path, table, broken: list[str]) -> list[str]:
-    """Return paths.json's outputs in the order of their index, noting every index missing, and every odd path."""
+def check_paths(file: Path, table, broken: list[str]) -> list[str | None]:
+    """Return paths.json's output of every index from 0, None for one missing or odd, which is noted."""
     column = table.get("output") if isinstance(table, dict) else None
     if not isinstance(column, dict) or not column:
         broken.append(f'{file}: expected {{"output": {{"0": "outputs/00000.png", ...}}}}')
@@ -66,13 +66,14 @@ def check_paths(file: Path, table, broken: list[str]) -> list[str]:
     expected = {str(index) for index in range(len(column))}
     broken += [f"{file}: index {key!r} is not a number from 0 to {len(column) - 1}" for key in sorted(column.keys() - expected)]
     broken += [f"{file}: index {key} is missing" for key in sorted(expected - column.keys(), key=int)]
-    paths = [column[key] for key in sorted(expected & column.keys(), key=int)]
+    keys = sorted(expected, key=int)
+    paths = [column[key] for key in keys if key in column]
     bad = [path for path in paths if not isinstance(path, str) or not re.fullmatch(r"outputs/[\w.-]+\.png", path)
            or not clips.is_name(path[8:])]
     broken += [f"{file}: {path!r} is not a PNG in outputs/" for path in bad]
     broken += [f"{file}: {path!r} is named {paths.count(path)} times" for path in sorted({p for p in paths if isinstance(p, str)})
                if paths.count(path) > 1] if len(set(map(str, paths))) < len(paths) else []
-    return [path for path in paths if path not in bad]
+    return [column[key] if key in column and column[key] not in bad else None for key in keys]
 
 
 def check_metadata(file: Path, metadata, outputs: int) -> list[str]:
@@ -82,7 +83,7 @@ def check_metadata(file: Path, metadata, outputs: int) -> list[str]:
         return [f"{file}: 'nparams', the parameters of featurizer and decoder, is missing or not a whole number"]
     broken = [] if count < LIMIT else [f"{file}: nparams is {count:,}, the contest allows fewer than {LIMIT:,}"]
     frames = metadata.get("frames")
-    if isinstance(frames, int) and frames != outputs:
+    if isinstance(frames, int) and outputs and frames != outputs:
         broken.append(f"{file}: speaks of {frames} frames, but paths.json of {outputs} outputs")
     return broken
 

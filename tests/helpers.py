@@ -40,9 +40,9 @@ def command(name: str, *flags) -> list[str]:
     return [sys.executable, str(ROOT / f"{name}.py"), *map(str, flags)]
 
 
-def script(name: str, *flags, cwd: Path | None = None) -> Result:
-    """Run a script as a process of its own."""
-    done = subprocess.run(command(name, *flags), capture_output=True, text=True, cwd=cwd, env={**os.environ, **QUIET}, timeout=300)
+def script(name: str, *flags, cwd: Path | None = None, timeout: float = 300) -> Result:
+    """Run a script as a process of its own, for at most `timeout` seconds."""
+    done = subprocess.run(command(name, *flags), capture_output=True, text=True, cwd=cwd, env={**os.environ, **QUIET}, timeout=timeout)
     return Result(done.returncode, done.stdout, done.stderr)
 
 
