@@ -62,7 +62,7 @@ def image(mode: str, size=(60, 40)):
 BROKEN = {
     "no paths.json": (lambda f: (f / "paths.json").unlink(), ["paths.json: no such file"]),
     "paths.json cut": (lambda f: cut(f / "paths.json"), ["paths.json: expected a JSON file"]),
-    "paths.json a list": (lambda f: write_json(f / "paths.json", []), ["paths.json: expected {\"output\""]),
+    "paths.json a list": (lambda f: write_json(f / "paths.json", []), ["paths.json: expected a JSON object"]),
     "paths.json of frames": (lambda f: write_json(f / "paths.json", {"raw": {"0": "a.jpg"}}), ["paths.json: expected {\"output\""]),
     "no outputs": (lambda f: write_json(f / "paths.json", {"output": {}}), ["paths.json: expected {\"output\""]),
     "an index missing": (column(_1=...), ["paths.json: index '2' is not a number from 0 to 1", "paths.json: index 1 is missing",
@@ -139,5 +139,7 @@ def test_what_cannot_be_packaged_is_refused(results, tmp_path):
     ok(call("package", "--results", results, "--overwrite"))
     with zipfile.ZipFile(tmp_path / "results/mine.zip") as archive:
         assert json.loads(archive.read("metadata.json"))["nparams"] == 7
+    (tmp_path / "file").write_text("mine")
+    refuses("package", "--results", results, "--out", tmp_path / "file/x.zip", names=["x.zip: cannot be written"], untouched=tmp_path)
     debug = call("package", "--results", tmp_path / "none", "--debug")
     assert debug.status == 1 and "Traceback" in debug.err
