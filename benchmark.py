@@ -25,6 +25,7 @@ import metrics
 from cli import Parser, positive_int, run
 from files import BadInput
 from measure import spread
+from resident import RESIDENT
 from tests import reference_metrics
 
 HEIGHT, WIDTH = 480, 854  # of the masks made here: DAVIS at 480p
@@ -164,6 +165,7 @@ def add_peer(commands) -> argparse.ArgumentParser:
     group.add_argument("--weights", type=Path, required=True, help="AlexNet's weights, a state dict of its features.* keys")
     group.add_argument("--reference", type=Path, default=None, help="JSON with the notebook's losses, to compare ours with")
     group.add_argument("--limit", type=positive_int, default=None, help="only the first N frames of each split (default: all)")
+    group.add_argument("--steps", type=at_least_2, default=101, help="training steps, at least 2 (default: 101)")
     group.add_argument("--compute", choices=["auto", "float32", "bfloat16"], default="auto", help="as featurize.py's (default: auto)")
     group.add_argument("--threads", type=positive_int, default=None, help="threads of either (default: one a core)")
     return command
@@ -176,6 +178,7 @@ def add_scale(commands) -> argparse.ArgumentParser:
     group.add_argument("--shape", type=sizes(3), default=(64, 14, 25), metavar="CxHxW", help="of a feature map (default: 64x14x25)")
     group.add_argument("--size", type=sizes(2), default=(120, 216), metavar="HxW", help="of a mask (default: 120x216)")
     group.add_argument("--steps", type=at_least_2, default=300, help="training steps, at least 2 (default: 300)")
+    group.add_argument("--resident", choices=RESIDENT, nargs="+", default=list(RESIDENT), help="where features are kept (default: all)")
     group.add_argument("--score", action=argparse.BooleanOptionalAction, default=True, help="predict, write and score every frame as well")
     group.add_argument("--folder", type=Path, default=None, help="where to make temporary files (default: the system's choice)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")

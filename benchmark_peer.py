@@ -4,7 +4,7 @@ What is compared, and where the clocks start and stop:
 
     featurize   decode frames and masks, run AlexNet: the notebook keeps features in memory and drops the masks, ours
                 writes both to disk. Both without imports and model building.
-    train       101 steps of 32 frames. The notebook's loop decodes each mask in its first epoch; ours pools all
+    train       101 steps (--steps) of 32 frames. The notebook's loop decodes each mask in its first epoch; ours pools all
                 masks into targets before its first step, which `train_ratio` counts and `train_ratio_steps` does not.
     score       predict, write a PNG a frame, read it again and score it. Ours scores what it wrote without reading
                 it, and J and F besides the contest's IoU.
@@ -26,7 +26,7 @@ import measure
 from files import BadInput, read_json
 from measure import run_child, run_script, spread
 
-STEPS, BATCH = 101, 32  # the notebook's
+BATCH = 32  # the notebook's
 CHECKED = 64  # frames whose features are compared with float32's
 NOTEBOOK_STEPS = 6  # steps of the notebook's loop, about 0.5 s each
 
@@ -41,9 +41,10 @@ def peer(args: argparse.Namespace) -> None:
             print(f"turn {turn + 1} of {args.repeats}: the notebook, then ours, on {threads} threads", flush=True)
             theirs.append(run_notebook(args, threads))
             ours.append(run_ours(args, threads, Path(folder)))
-        results = {**compare(theirs, ours), "compute": ours[0]["compute"], "threads": threads,
+        results = {**compare(theirs, ours, args.steps), "compute": ours[0]["compute"], "threads": threads,
                    "train_frames": theirs[0]["train_frames"], "val_frames": theirs[0]["val_frames"],
-                   **check_losses(Path(folder), threads, reference), "features_difference": check_features(args, threads, Path(folder)),
+                   **check_losses(Path(folder), threads, args.steps, reference),
+                   "features_difference": check_features(args, threads, Path(folder)),
                    "mean_iou": ours[0]["mean_iou"], "reference_mean_iou": reference.get("contest_mean_iou")}
     measure.write_result(args.out, args.name or "peer", args.repeats, results, results.pop("rows"), before)
 
@@ -61,7 +62,7 @@ def read_reference(file: Path | None) -> dict:
 
 def run_notebook(args: argparse.Namespace, threads: int) -> dict:
     """Run the notebook's pipeline once: its own JSON, and its peak memory."""
-    child = run_child(sys.executable, args.peer, "--data", args.data, "--weights", args.weights, "--steps", STEPS,
+    child = run_child(sys.executable, args.peer, "--data", args.data, "--weights", args.weights, "--steps", args.steps,
                       "--threads", threads, *limit_flags(args.limit))
     try:
         found = json.loads(child.out)
@@ -76,11 +77,11 @@ def run_ours(args: argparse.Namespace, threads: int, folder: Path) -> dict:
     for split in ("train", "val"):
         children[f"featurize {split}"] = featurize(args, threads, split, args.limit, folder / split, "--compute", args.compute)
         seconds[f"featurize_{split}"] = children[f"featurize {split}"].stage()
-    children["train"] = train(threads, folder / "train", folder / "run", STEPS, STEPS)
+    children["train"] = train(threads, folder / "train", folder / "run", args.steps, args.steps)
     children["evaluate"] = run_script("evaluate.py", "--model", folder / "run", "--features", folder / "val", "--out", folder / "results",
                                       "--no-pictures", "--device", "cpu", "--threads", threads, "--overwrite")
     first, last = (measure.lines_of(folder / "run" / "times.jsonl")[at]["seconds"] for at in (0, -1))  # both include the targets
-    seconds |= {"train": last, "train_steps": (last - first) * STEPS / (STEPS - 1),
+    seconds |= {"train": last, "train_steps": (last - first) * args.steps / (args.steps - 1),
                 "predict_write_score": children["evaluate"].stage(),
                 "after_featurize": children["train"].seconds + children["evaluate"].seconds}
     return {"seconds": seconds, "peaks": {name: child.peak for name, child in children.items()},
@@ -107,7 +108,7 @@ def limit_flags(limit: int | None) -> list:
 # --- what came of it ---------------------------------------------------------------------------
 
 
-def compare(theirs: list[dict], ours: list[dict]) -> dict:
+def compare(theirs: list[dict], ours: list[dict], steps: int) -> dict:
     """Return the ratios, each the median over turns (how many times faster ours is; `memory_ratio`: ours / the notebook's).
 
     Also every stage's figures, and the rows of the table.
@@ -127,8 +128,8 @@ def compare(theirs: list[dict], ours: list[dict]) -> dict:
     peer, own = ({name: spread(list(values)) for name, values in figures.items()} for figures in (peer, own))
     wanted = "2.5x or more" if ours[0]["compute"] == "bfloat16" else "1.25x or more"
     lines = [("featurize", f"AlexNet features in {ours[0]['compute']}", "frames/s", wanted),
-             ("train", f"{STEPS} training steps, targets included", "s", "50x or more"),
-             ("train_steps", f"{STEPS} training steps, targets apart", "s", None),
+             ("train", f"{steps} training steps, targets included", "s", "50x or more"),
+             ("train_steps", f"{steps} training steps, targets apart", "s", None),
              ("predict_write_score", "predict, write and score", "frames/s", "5x or more"),
              ("peak", "peak memory", "GB", "3x or more")]
     rows = [measure.row(what, unit, own[name], peer[name], ratios[name], goal) for name, what, unit, goal in lines]
@@ -138,15 +139,15 @@ def compare(theirs: list[dict], ours: list[dict]) -> dict:
             "memory_ratio": 1 / ratios["peak"], "turns": {"notebook": theirs, "ours": ours}, "rows": rows}
 
 
-def check_losses(folder: Path, threads: int, reference: dict) -> dict:
+def check_losses(folder: Path, threads: int, steps: int, reference: dict) -> dict:
     """Return the largest relative difference between our losses and the notebook's loop's, on the same features.
 
     Ours are train.py's, logged each step. With a reference also the difference from its losses, whose features
     were float32 throughout.
     """
-    train(threads, folder / "train", folder / "run-logged", STEPS, 1)
+    train(threads, folder / "train", folder / "run-logged", steps, 1)
     ours = [line["loss"] for line in measure.lines_of(folder / "run-logged" / "log.jsonl")]
-    differences = {"loss_difference": largest_difference(ours, notebook_losses(folder / "train", NOTEBOOK_STEPS, threads)),
+    differences = {"loss_difference": largest_difference(ours, notebook_losses(folder / "train", min(steps, NOTEBOOK_STEPS), threads)),
                    "reference_loss_difference": None}
     if reference:
         differences["reference_loss_difference"] = largest_difference(ours, reference["losses"])

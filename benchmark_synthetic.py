@@ -19,7 +19,7 @@ import measure
 import models
 import resident
 from cli import choose_device
-from files import BadInput, write_json
+from files import BadInput, sha256, write_json
 from measure import row, run_script, spread
 
 LEVEL = "s32"
@@ -42,7 +42,7 @@ def scale(args: argparse.Namespace) -> None:
         for frames in args.frames:
             features = Path(folder) / "features"
             write_features(features, frames, args.shape, args.size, args.seed)
-            found = [one_scale(args, frames, place, Path(folder)) for place in resident.RESIDENT]
+            found = [one_scale(args, frames, place, Path(folder)) for place in args.resident]
             check_equal([one for one in found if one["fits"]], frames)
             for one in found:
                 print(", ".join(f"{key} {value}" for key, value in one.items() if key not in ("losses", "scores")), flush=True)
@@ -94,7 +94,8 @@ def write_features(path: Path, frames: int, shape: tuple[int, int, int], size: t
     write_json(path / "meta.json", {
         "format": data.FORMAT, "featurizer": "noise", "levels": {LEVEL: shape}, "weights": "none", "preprocessing": {}, "size": size,
         "sizes": None, "clips": [f"clip-{index // 100}" for index in range(frames)], "names": [f"{index:07d}" for index in range(frames)],
-        "parameters": 0, "flops_per_frame": 0, "sha256": {}, "versions": {}, "data": "nowhere", "split": None})
+        "parameters": 0, "flops_per_frame": 0, "sha256": {name: sha256(path / name) for name in ("features.npy", "masks.npy")},
+        "versions": {}, "data": "nowhere", "split": None})
 
 
 def one_scale(args: argparse.Namespace, frames: int, place: str, folder: Path) -> dict:

@@ -13,7 +13,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -156,9 +155,9 @@ def write_result(out: Path, name: str, repeats: int, results: dict, rows: list[d
 
 def print_rows(rows: list[dict]) -> None:
     """Print rows as a table."""
-    print(f"{'':58}{'peer':>20}{'ours':>20}{'ratio':>9}  goal")
+    print(f"{'':64}{'peer':>20}{'ours':>20}{'ratio':>9}  goal")
     for line in rows:
-        print(f"{line['what'] + ', ' + line['unit']:58}{figures(line['peer']):>20}{figures(line['ours']):>20}"
+        print(f"{line['what'] + ', ' + line['unit']:64}{figures(line['peer']):>20}{figures(line['ours']):>20}"
               f"{times(line['ratio']):>9}  {line['goal'] or ''}")
 
 

@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 
 import benchmark
+import benchmark_peer
+import benchmark_synthetic
 import cli
+import data
+import measure
+from files import BadInput
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -84,9 +89,20 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, davis, monkeypatch, 
 
 def test_candidates_are_timed_in_turns_after_a_warm_up():
     calls = []
-    seconds = benchmark.time_in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=3, clock=time.perf_counter)
+    seconds = measure.time_in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=3, clock=time.perf_counter)
     assert calls == ["a", "b"] * 4
     assert [len(runs) for runs in seconds.values()] == [3, 3]
+
+
+def test_a_childs_memory_is_its_own_and_not_what_we_hold():
+    held = np.ones(50_000_000)  # 400 MB, all touched
+    small = measure.run_child(sys.executable, "-c", "print('out')")
+    large = measure.run_child(sys.executable, "-c", "held = b'x' * 200_000_000")
+    assert (small.out, small.status) == ("out\n", 0)
+    assert small.peak < 100_000_000 < held.nbytes
+    assert 200_000_000 < large.peak < 300_000_000
+    with pytest.raises(BadInput, match=r"status 1: ZeroDivisionError"):
+        measure.run_child(sys.executable, "-c", "1 / 0")
 
 
 def test_blobs_are_predicted_a_little_off():
@@ -95,3 +111,132 @@ def test_blobs_are_predicted_a_little_off():
     iou = (predictions & masks).sum(axis=(1, 2)) / (predictions | masks).sum(axis=(1, 2))
     assert (iou > 0.6).all() and (iou < 1).all()
     np.testing.assert_array_equal(benchmark.blobs(3, seed=0)[0], predictions)
+
+
+# --- beside the notebook ------------------------------------------------------------------------
+
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no folder ../shared, which holds the notebook, its clips and its weights")
+def test_peer_compares_every_stage_and_the_losses_are_the_notebooks(tmp_path):
+    done = run("peer", "--peer", SHARED / "peers/notebook.py", "--data", SHARED / "davis", "--limit", 2, "--steps", 3,
+               "--weights", SHARED / "weights/alexnet-features.pth", "--compute", "float32", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])
+    for key in ("featurize_ratio", "train_ratio", "after_featurize_seconds", "predict_write_score_ratio", "memory_ratio"):
+        assert results[key] > 0
+    assert results["loss_difference"] < 1e-5 and results["features_difference"] < 1e-3
+    assert (results["train_frames"], results["val_frames"], results["compute"]) == (2, 2, "float32")
+
+
+def turn(factor: float) -> tuple[dict, dict]:
+    """Return made-up figures of the notebook and of ours: ours 2, 10 and 5 times faster, in half the memory."""
+    theirs = {"seconds": {"featurize_train": 80.0, "featurize_val": 20.0, "train": 40.0, "predict_and_write": 3.0, "score": 2.0},
+              "train_frames": 90, "val_frames": 10, "peak": 4 * 10**9}
+    ours = {"seconds": {"featurize_train": 45.0 / factor, "featurize_val": 5.0 / factor, "train": 4.0 / factor, "train_steps": 2.0,
+                        "predict_write_score": 1.0, "after_featurize": 9.0},
+            "peaks": {"train": 2 * 10**9, "evaluate": 10**9}, "compute": "float32"}
+    return theirs, ours
+
+
+def test_ratios_say_how_many_times_faster_and_memory_what_share():
+    theirs, ours = zip(*(turn(factor) for factor in (1, 1.5, 0.5)))
+    results = benchmark_peer.compare(list(theirs), list(ours), 101)
+    expected = {"featurize_ratio": 2, "train_ratio": 10, "train_ratio_steps": 20, "predict_write_score_ratio": 5, "memory_ratio": 0.5,
+                "after_featurize_seconds": 9}
+    assert {key: results[key] for key in expected} == pytest.approx(expected)
+    featurize = results["rows"][0]
+    assert (featurize["peer"]["median"], featurize["ours"]["runs"]) == (1, [2, 3, 1])
+    assert benchmark_peer.largest_difference([1, 2.2], [1, 2, 3]) == pytest.approx(0.1)
+
+
+# --- made-up features ---------------------------------------------------------------------------
+
+
+def test_scale_costs_and_losses_are_the_same_wherever_features_are(tmp_path):
+    done = run("scale", "--frames", 3, "--shape", "8x6x7", "--size", "24x40", "--steps", 2, "--threads", 1, "--out", tmp_path / "out",
+               "--folder", tmp_path, "--resident", "device", "disk")
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])
+    assert [one["resident"] for one in results["runs"]] == ["device", "disk"] and results["losses_equal"]
+    for one in results["runs"]:
+        assert one["fits"] and all(one[key][0] > 0 for key in ("train_peak_gb", "ms_per_scored_frame", "score_peak_gb"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]  # its temporary folder is gone
+
+
+def test_scale_refuses_what_the_disk_cannot_hold(tmp_path):
+    with pytest.raises(BadInput, match=r"1,000,000,000,000 frames take [\d.]+ GB, but only [\d.]+ GB are free"):
+        benchmark_synthetic.check_disk(tmp_path, 10**12, (8, 6, 7), (24, 40))
+
+
+def test_scale_notices_losses_that_differ():
+    one, other = ({"resident": place, "losses": [loss], "scores": "x"} for place, loss in (("device", 0.5), ("disk", 0.5000001)))
+    benchmark_synthetic.check_equal([one, one], 3)
+    with pytest.raises(BadInput, match="the losses differ between --resident device and disk"):
+        benchmark_synthetic.check_equal([one, other], 3)
+
+
+def test_made_up_features_are_a_feature_folder(tmp_path):
+    benchmark_synthetic.write_features(tmp_path / "made", 3, (8, 6, 7), (24, 40), seed=0)
+    folder = data.open_features(tmp_path / "made")
+    assert folder.frames == 3 and folder.size == (24, 40)
+    features, masks = np.load(tmp_path / "made/features.npy"), np.unpackbits(np.load(tmp_path / "made/masks.npy"), axis=2)
+    assert np.isfinite(features).all() and (masks.mean((1, 2)) > 0.1).all()
+
+
+def test_train_times_every_decoder(tmp_path):
+    done = run("train", "--repeats", 1, "--steps", 1, "--frames", 4, "--batch-size", 1, "--size", "128x192", "--device", "cpu",
+               "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])
+    assert results["decoders"].keys() >= {"simple", "linear"}
+    for one in results["decoders"].values():
+        assert one["frames_per_second"]["median"] == pytest.approx(one["steps_per_second"]["median"] * one["frames_per_step"])
+        assert one["share_of_copy"] > 0 and one["frame_to_mask_per_second"]["median"] > 0
+
+
+# --- the README's table -------------------------------------------------------------------------
+
+
+def test_readmes_table_is_what_the_results_give():
+    assert measure.write_table(ROOT / "README.md", ROOT / "benchmarks", check=True), "stale: run `python benchmark.py table`"
+
+
+def test_results_name_no_path_of_this_machine():
+    for file in (ROOT / "benchmarks").glob("*.json"):
+        assert not any(part.startswith("/") for part in json.loads(file.read_text())["command"].split()), file
+
+
+def record(folder: Path, date: str, name: str, median: float) -> None:
+    """Write a made-up result."""
+    rows = [measure.row("training", "frames/s", measure.spread([median, median * 2]), measure.spread([1000.0]), 12.34, "10x or more")]
+    (folder / f"{date}-{name}.json").write_text(json.dumps({
+        "name": name, "date": date, "command": f"python benchmark.py {name}", "n": 2, "rows": rows, "versions": {"torch": "2.0"},
+        "machine": {"cpu": "CPU", "cores": 2, "accelerator": None, "load_1min": 0.1}}))
+
+
+def test_table_holds_the_newest_of_each_name_between_the_markers(tmp_path):
+    record(tmp_path, "2020-01-02", "a", 2.0)
+    record(tmp_path, "2020-01-01", "a", 7.0)
+    record(tmp_path, "2019-01-01", "b", 0.00012345)
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- benchmarks -->\nold\n<!-- /benchmarks -->\nafter\n")
+    assert not measure.write_table(readme, tmp_path, check=True) and "old" in readme.read_text()
+    assert not measure.write_table(readme, tmp_path, check=False)
+    assert measure.write_table(readme, tmp_path, check=True)
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- benchmarks -->\n| measured |") and text.endswith("\n<!-- /benchmarks -->\nafter\n")
+    assert "| training, frames/s | 1,000 | 3 (2 to 4) | 12.3x | 10x or more | 2 |" in text and "7" not in text.split("Measured by")[0]
+    assert "`python benchmark.py a`: 2020-01-02, CPU, 2 cores, load 0.1 before it began, torch 2.0" in text
+    record(tmp_path, "2021-01-01", "b", 5.0)
+    assert not measure.write_table(readme, tmp_path, check=True)
+
+
+@pytest.mark.parametrize("text", ["", "<!-- benchmarks -->", "<!-- /benchmarks --><!-- benchmarks -->",
+                                  "<!-- benchmarks --><!-- /benchmarks --><!-- benchmarks -->"])
+def test_table_needs_its_markers_once_and_in_order(tmp_path, text):
+    (tmp_path / "README.md").write_text(text)
+    with pytest.raises(BadInput, match="expected the lines <!-- benchmarks --> and"):
+        measure.write_table(tmp_path / "README.md", tmp_path, check=False)
+    assert (tmp_path / "README.md").read_text() == text
