@@ -110,8 +110,8 @@ def check_same_data(args: argparse.Namespace, folders: list[FeatureFolder]) -> N
     """Raise BadInput when a run that is resumed or repeated had other features than `folders`, by their digests."""
     file = args.resume / "args.json" if args.resume else args.args
     before = list(read_args(file)["features"].values())
-    for folder, digests in zip(folders, [*before, *[None] * len(folders)]):
-        if folder.meta["sha256"] != digests:
+    for folder in folders:
+        if folder.meta["sha256"] not in before:
             raise BadInput(f"{folder.path}: holds other features than the run of {file} had, by their SHA-256; "
                            "make them again as they were, or start another run")
 
