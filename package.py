@@ -15,7 +15,7 @@ import artifacts
 import clips
 import tracking
 from cli import Parser, add_run_flags, one_line, progress, run
-from files import BadInput, plain, read_json, whole_file
+from files import BadInput, cannot_write, plain, read_json, whole_file
 from models import LIMIT
 
 EPOCH = (1980, 1, 1, 0, 0, 0)  # every entry's date: the same results give the same bytes
