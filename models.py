@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from cues import CUES, clip_cues
 from data import clip_ranges
 from files import BadInput
 from guided import guided_probabilities
@@ -46,7 +47,7 @@ class Decoder(nn.Module):
 
     recipe = Recipe()
     guided = False  # whether evaluate.py upsamples its logits along the frame's edges unless told otherwise
-    cues = 0  # channels that `clip_cues` adds beside each level; 0 for a decoder that sees frames one by one
+    cues = 0  # channels that cues.py adds beside each level; 0 for a decoder that sees frames one by one
 
     def __init__(self, grid: tuple[int, int], size: tuple[int, int]):
         """grid: (gh, gw) of the output; size: (H, W) of the masks it stands for."""
@@ -131,7 +132,7 @@ class Linear(Decoder):
 
 
 class FPN(Decoder):
-    """A small feature pyramid: levels standardised, channels dropped in training, summed grid by grid from coarse to fine.
+    """A small feature pyramid: levels reduced to principal components, dropped at random, summed from coarse to fine.
 
     Every grid has `width` channels but the finest, `fine`. Frames are mirrored at random in training, and both ways
     are averaged afterwards. Lin et al., "Feature Pyramid Networks for Object Detection", CVPR 2017, for the sum.
@@ -140,18 +141,19 @@ class FPN(Decoder):
     recipe = Recipe(steps=300, batch=12, lr=3e-3, optimizer="adamw", weight_decay=1e-2, schedule="onecycle", shuffle=True,
                     balanced=True, clip_gradient=1.0)
     guided = True
-    drop = 0.3  # share of a level's channels set to 0 in training
+    keep = 32  # principal components of each level
+    drop = 0.3  # share of a level's components set to 0 in training
     lose = 0.0  # share of frames whose own features are set to 0 in training, which leaves the clip's cues
-    width, fine, depths = 64, 32, (1, 2, 2, 1)  # channels, and blocks a grid from coarse to fine
+    width, fine, depths = 48, 32, (1, 1, 2, 2, 1)  # channels, and blocks a grid from coarse to fine
 
     def __init__(self, shapes: Shapes, size: tuple[int, int]):
         super().__init__(finest(shapes), size)
         grids = [(h, w) for _, h, w in shapes.values()] * (2 if self.cues else 1)  # of the levels, then of their cues
-        channels = [c for c, _, _ in shapes.values()] + [self.cues] * (len(grids) - len(shapes))
+        self.norms = nn.ModuleList(Standardise(c, self.keep) for c, _, _ in shapes.values())
+        channels = [norm.outputs for norm in self.norms] + [self.cues] * (len(grids) - len(shapes))
         stages = sorted(set(grids))  # coarse to fine
         widths = [self.width] * (len(stages) - 1) + [self.fine]
-        depths = (*self.depths, *[1] * len(stages))
-        self.norms = nn.ModuleList(Standardise(c) for c, _, _ in shapes.values())
+        depths = (*[1] * len(stages), *self.depths)[-len(stages):]
         self.inputs = nn.ModuleList(nn.Conv2d(c, widths[stages.index(grid)], 1) for c, grid in zip(channels, grids))
         self.ups = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in zip(widths, widths[1:]))
         self.joins = nn.ModuleList(nn.GroupNorm(8, w) for w in widths)
@@ -193,9 +195,9 @@ class FPN(Decoder):
 
 
 class Temporal(FPN):
-    """FPN that also sees what the whole clip tells about each position: see `clip_cues`."""
+    """FPN that also sees what the whole clip tells about each position: see cues.py."""
 
-    cues = 3
+    cues = CUES
     lose = 0.25
 
 
@@ -228,45 +230,6 @@ def mirror(x: torch.Tensor) -> torch.Tensor:
     return x.flip(-1)
 
 
-def clip_cues(level: torch.Tensor) -> torch.Tensor:
-    """What a whole clip tells about each of its positions, without training: [T, C, h, w] -> float32 [T, 3, h, w].
-
-    How far its features lie from the background's (at first what is at the frames' borders, then, twice, what looks
-    like that), how far from all that the clip shows, and how much they changed against their median over time.
-    All are logarithms, less their median over the clip. T frames of one clip.
-    """
-    level = level.float()
-    frames, _, height, width = level.shape
-    edge = max(1, height // 15)
-    border = torch.ones(height, width, dtype=torch.bool, device=level.device)
-    border[edge:-edge, edge:-edge] = False
-    border = border.expand(frames, height, width)
-    far = distance(level, border.float())
-    for _ in range(2):
-        at_border = far[border]
-        usual = at_border[:: 1 + len(at_border) // 1_000_000].quantile(0.9)  # quantile takes 16 million values at most
-        far = distance(level, ((far < far.median()) | (border & (far < usual))).float())
-    rare = distance(level, torch.ones_like(far))
-    spread = level.std((0, 2, 3))[:, None, None] + 1e-3
-    change = ((level - level.median(0).values) / spread).square().mean(1).add(1e-3).log()
-    return torch.stack([cue - cue.median() for cue in (far, rare, change)], 1)
-
-
-def distance(level: torch.Tensor, weight: torch.Tensor, shrink: float = 0.1) -> torch.Tensor:
-    """Log of the squared Mahalanobis distance of every position of a clip from a Gaussian of the positions that `weight` names.
-
-    level: [T, C, h, w]; weight: [T, h, w], at least 0. The covariance is shrunk towards its mean variance, by the share
-    `shrink`. Returns [T, h, w].
-    """
-    frames, channels, height, width = level.shape
-    x, share = level.permute(0, 2, 3, 1).reshape(-1, channels), weight.reshape(-1) / weight.sum()
-    x = x - share @ x
-    covariance = (x * share[:, None]).T @ x
-    covariance += shrink * covariance.diagonal().mean() * torch.eye(channels, device=x.device)
-    whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), x.T, upper=False)
-    return whitened.square().sum(0).add(1e-6).log().reshape(frames, height, width)
-
-
 def look_at_clips(decoder_name: str, features: Features, clips: list[str]) -> Features:
     """Append each level's cues to the features, for a decoder that wants them; clips: the clip of every frame."""
     if not DECODERS[decoder_name].cues:
@@ -275,15 +238,23 @@ def look_at_clips(decoder_name: str, features: Features, clips: list[str]) -> Fe
 
 
 class Standardise(nn.Module):
-    """Subtract each channel's mean over the training frames and divide by its standard deviation, both set by `fit`."""
+    """Subtract each channel's mean over the training frames and divide by its standard deviation; both set by `fit`.
 
-    def __init__(self, channels: int):
+    keep: of the standardised channels, only the first so many principal components; 0 for the channels themselves.
+    """
+
+    def __init__(self, channels: int, keep: int = 0):
         super().__init__()
+        self.outputs = min(keep, channels) or channels
         self.register_buffer("mean", torch.zeros(channels, 1, 1))
         self.register_buffer("std", torch.ones(channels, 1, 1))
+        if keep:
+            self.register_buffer("basis", torch.eye(channels)[:self.outputs])  # rows: directions, all of one length
 
     def forward(self, level: torch.Tensor) -> torch.Tensor:
-        return (level - self.mean) / self.std
+        """level: [B, C, h, w]. Returns [B, outputs, h, w]."""
+        level = (level - self.mean) / self.std
+        return F.conv2d(level, self.basis[:, :, None, None]) if hasattr(self, "basis") else level
 
 
 @torch.no_grad()
@@ -291,15 +262,24 @@ def fit(norms: nn.ModuleList, features: Features, index: torch.Tensor) -> None:
     """Set one Standardise per level from the frames of `index`, int64 [n]: at most 256, spread evenly."""
     chosen = index[:: -(-len(index) // 256)]
     chosen = chosen[features.group.holds(chosen)]
-    sums = [torch.zeros(3, norm.mean.numel(), device=features.device) for norm in norms]  # counts, values, squares
+    totals = [[torch.zeros(shape, device=features.device) for shape in ((), len(norm.mean), (len(norm.mean),) * 2)] for norm in norms]
     for part in chosen.split(16):
-        for total, level in zip(sums, features.batch(part)):
-            total += torch.stack([torch.full_like(total[0], level[:, 0].numel()), level.sum((0, 2, 3)), level.square().sum((0, 2, 3))])
-    features.group.sum(*sums)
-    for norm, (count, values, squares) in zip(norms, sums):
+        for (count, values, products), level in zip(totals, features.batch(part)):
+            rows = level.permute(0, 2, 3, 1).reshape(-1, level.shape[1])  # [positions, C]
+            count += len(rows)
+            values += rows.sum(0)
+            products += rows.T @ rows
+    for norm, (count, values, products) in zip(norms, totals):
+        features.group.sum(count, values, products)
         mean = values / count
+        covariance = products / count - mean[:, None] * mean
+        std = covariance.diagonal().clamp_min(0).sqrt() + 1e-3
         norm.mean.copy_(mean[:, None, None])
-        norm.std.copy_((squares / count - mean.square()).clamp_min(0).sqrt()[:, None, None] + 1e-3)
+        norm.std.copy_(std[:, None, None])
+        if hasattr(norm, "basis"):  # eigenvectors come by rising eigenvalue; their signs are fixed, or machines would differ
+            variances, vectors = torch.linalg.eigh(covariance / (std[:, None] * std))
+            variances, directions = variances.flip(0)[:norm.outputs], vectors.flip(1).T[:norm.outputs]
+            norm.basis.copy_(directions * torch.sign(directions.sum(1, keepdim=True)) / variances.mean().sqrt())
 
 
 def one_level(shapes: Shapes, name: str) -> list[tuple[int, int, int]]:
