@@ -39,7 +39,7 @@ def features() -> dict[str, Path]:
     for split, folder in folders.items():
         if not folder.is_dir():
             ok(script("featurize", "--data", DAVIS, "--split", split, "--featurizer", "alexnet", "--weights", WEIGHTS, "--dtype", "float32",
-                      "--compute", "float32", "--out", folder, "--device", "cpu", timeout=900))
+                      "--compute", "float32", "--out", folder, "--device", "cpu", "--threads", os.cpu_count() or 2, timeout=900))
     return folders
 
 
