@@ -267,6 +267,14 @@ def readable(path: Path) -> Iterator[None]:
         raise BadInput(f"{path}: cannot be decoded ({reason}); expected a whole image or video") from error
 
 
+def write_image(path: Path, pixels: np.ndarray, kind: str | None = None, **options) -> None:
+    """Write uint8 pixels as an image of `kind`, such as ".png" (None: as the path ends), with options of Pillow's.
+
+    Made in memory: Pillow, given a file to write to, does not notice a disk that takes only a part.
+    """
+    path.write_bytes(iio.imwrite("<bytes>", pixels, extension=kind or path.suffix, plugin="pillow", **options))
+
+
 def read_video(path: Path) -> Iterator[np.ndarray]:
     """Yield the frames of a video file as uint8 [H, W, 3], in order."""
     if path.suffix.lower() in (".gif", ".apng"):

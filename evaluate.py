@@ -20,7 +20,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import imageio.v3 as iio
 import numpy as np
 import torch
 
@@ -190,7 +189,7 @@ def finish_frame(pixels: np.ndarray, index: int, source: Source, file: Path | No
         if pixels.shape != size:
             pixels = torch.nn.functional.interpolate(torch.from_numpy(pixels)[None, None].float(), size, mode="bilinear")
             pixels = pixels[0, 0].to(torch.uint8).numpy()
-        iio.imwrite(file, pixels, plugin="pillow", compress_level=1)
+        clips.write_image(file, pixels, compress_level=1)
     row = {"index": index, "clip": source.frames[index].clip, "frame": source.frames[index].name}
     mask = source.mask(index)
     if mask is None:

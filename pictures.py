@@ -141,7 +141,8 @@ def write_gif(path: Path, images: Sequence[np.ndarray], fps: float) -> None:
     palette = choose_palette(pixels[::max(1, len(pixels) // 20_000)], GIF_COLOURS)
     nearest = nearest_colour(palette)
     indices = [nearest[tuple(np.moveaxis(image >> 3, -1, 0))] for image in images]
-    iio.imwrite(path, indices, extension=".gif", plugin="pillow", mode="P", palette=palette.tobytes(), duration=1000 / fps, loop=0)
+    data = iio.imwrite("<bytes>", indices, extension=".gif", plugin="pillow", mode="P", palette=palette.tobytes(), duration=1000 / fps, loop=0)
+    path.write_bytes(data)  # as clips.write_image does, and why
 
 
 def choose_palette(pixels: np.ndarray, count: int) -> np.ndarray:

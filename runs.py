@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
 import torch
 
@@ -246,5 +245,5 @@ def write_overlay(out: Path, step: int, decoder: Decoder, split: Split, tracker:
     mask = np.unpackbits(gather(split.masks, index, torch.device("cpu"), split.features.group)[0].numpy(), axis=1, count=folder.size[1]).astype(bool)
     frame = clips.read_image_or_black(folder_frames(folder)[number], folder.size)
     with whole_file(out / "predictions" / f"{step:08d}.png") as temporary:
-        iio.imwrite(temporary, pictures.overlay(frame, prediction, mask), extension=".png")
+        clips.write_image(temporary, pictures.overlay(frame, prediction, mask), ".png")
     tracker.image(step, frame, prediction, mask, caption=f"{folder.meta['clips'][number]} {folder.meta['names'][number]}")

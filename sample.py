@@ -15,9 +15,9 @@ import math
 import sys
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
 
+from clips import write_image
 from cli import Parser, positive_int, progress, run
 from files import BadInput, whole_folder
 
@@ -148,8 +148,8 @@ def write_clip(root: Path, clip: str, frames: np.ndarray, masks: np.ndarray) -> 
         (root / folder / "480p" / clip).mkdir(parents=True)
     for index, (frame, mask) in enumerate(zip(frames, masks)):
         image_path, mask_path = f"/JPEGImages/480p/{clip}/{index:05d}.jpg", f"/Annotations/480p/{clip}/{index:05d}.png"
-        iio.imwrite(root / image_path[1:], frame, quality=92)
-        iio.imwrite(root / mask_path[1:], mask.astype(np.uint8) * 255)
+        write_image(root / image_path[1:], frame, quality=92)
+        write_image(root / mask_path[1:], mask.astype(np.uint8) * 255)
         lines.append(f"{image_path} {mask_path}")
     return lines
 

@@ -1,0 +1,103 @@
+"""Running a script in a fork of this process, so that it can be killed, stopped or starved at a chosen moment.
+
+A fork has everything imported, so that hundreds of runs cost what a few processes would.
+"""
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from helpers import Result, call
+
+SECONDS = 180  # that a run may take on a busy machine
+WRITES = ("open", "os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")  # what Python tells an audit hook
+
+
+class Running(NamedTuple):
+    """A fork, and where what it says can be read."""
+
+    pid: int
+    out: int
+    err: int
+
+
+def start(name: str, *flags, prepare: Callable[[], None] = lambda: None) -> Running:
+    """Start a script in a fork; `prepare` is called there first."""
+    torch.set_num_threads(1)  # threads do not survive a fork
+    pipes = os.pipe(), os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        status = 99
+        try:
+            signal.alarm(SECONDS)
+            prepare()
+            result = call(name, *flags)
+            status = result.status
+            os.write(pipes[0][1], result.out.encode()[-30_000:])
+            os.write(pipes[1][1], result.err.encode()[-30_000:])
+        finally:
+            os._exit(status)
+    for _, write_end in pipes:
+        os.close(write_end)
+    return Running(pid, pipes[0][0], pipes[1][0])
+
+
+def end(running: Running) -> Result:
+    """Wait for a fork; its status is -9 where it was killed with SIGKILL."""
+    _, status = os.waitpid(running.pid, 0)
+    texts = []
+    for pipe in (running.out, running.err):
+        with os.fdopen(pipe, "rb") as file:
+            texts.append(file.read().decode())
+    return Result(os.waitstatus_to_exitcode(status), *texts)
+
+
+def forked(name: str, *flags, prepare: Callable[[], None] = lambda: None) -> Result:
+    """Run a script in a fork to its end."""
+    return end(start(name, *flags, prepare=prepare))
+
+
+def at_write(root: Path, number: int, then: int) -> Callable[[], None]:
+    """Return what to prepare a fork with so that it sends itself the signal `then` just before its write `number` below `root`.
+
+    Writes count from 0: opening a file to write, renaming, linking, removing and making folders.
+    """
+    def prepare() -> None:
+        seen = 0
+
+        def hook(event: str, arguments: tuple) -> None:
+            nonlocal seen
+            if event in WRITES and is_write(event, arguments) and below(arguments[0], root):
+                if seen == number:
+                    os.kill(os.getpid(), then)
+                seen += 1
+        sys.addaudithook(hook)
+    return prepare
+
+
+def is_write(event: str, arguments: tuple) -> bool:
+    return event != "open" or bool((arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC))
+
+
+def below(path, root: Path) -> bool:
+    """Whether a path of an audit event, not a file descriptor, is in `root`."""
+    return isinstance(path, str | bytes | os.PathLike) and os.path.abspath(os.fsdecode(path)).startswith(str(root))
+
+
+@contextlib.contextmanager
+def stopped_at(root: Path, number: int, name: str, *flags) -> Iterator[Running]:
+    """A context in which a fork runs the script and stands still just before its write `number`; it goes on at the end."""
+    running = start(name, *flags, prepare=at_write(root, number, signal.SIGSTOP))
+    deadline = time.monotonic() + SECONDS
+    while os.waitpid(running.pid, os.WUNTRACED | os.WNOHANG) == (0, 0):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    try:
+        yield running
+    finally:
+        os.kill(running.pid, signal.SIGCONT)
