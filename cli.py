@@ -10,6 +10,7 @@ so that bad input ends in one line on standard error and exit status 2, without 
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -83,6 +84,8 @@ def run(main: Callable[[], int | None]) -> int:
             return 141
         if debug:
             raise
+        if int(os.environ.get("RANK", 0)):  # one of several processes: the first says what all would say, and torchrun ends the rest
+            time.sleep(2)
         hint = "; pass a smaller --batch-size" if isinstance(error, torch.OutOfMemoryError) else ""
         print(f"{script}: {one_line(str(error))}{hint}", file=sys.stderr)
         return 2

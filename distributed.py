@@ -6,8 +6,10 @@ Gradients and counts are summed over the processes by PyTorch's own distributed 
 gloo elsewhere. A process that dies makes torchrun stop the others; one that hangs is given up after TIMEOUT.
 """
 import atexit
+import contextlib
 import datetime
 import os
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -16,7 +18,24 @@ from torch import nn
 
 from files import BadInput
 
-TIMEOUT = datetime.timedelta(seconds=45)
+TIMEOUT = datetime.timedelta(minutes=10)  # a wait may be long where one process has more to do: it writes for all
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """A context for what all processes do at once. Raises BadInput when one of them is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][-200:]
+        raise BadInput(f"another process of this job ended, or did not answer for {TIMEOUT} ({reason}); what it said tells why. "
+                       "Nothing half-written is left: give the command again to featurize on, or train.py --resume RUN") from error
+
+
+def refuse_several(script: str) -> None:
+    """Raise BadInput when torchrun started this script in several processes, which it is not made for."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise BadInput(f"runs as one process; start it with: python {script}, without torchrun")
 
 
 class Group(NamedTuple):
@@ -38,8 +57,9 @@ class Group(NamedTuple):
     def sum(self, *values: torch.Tensor) -> None:
         """Replace each tensor by its sum over the processes, in place."""
         if self.size > 1:
-            for value in values:
-                dist.all_reduce(value)
+            with together():
+                for value in values:
+                    dist.all_reduce(value)
 
     def sum_gradients(self, module: nn.Module) -> None:
         """Replace every gradient by its sum over the processes; a missing one (no frames here) counts as zero."""
@@ -50,7 +70,8 @@ class Group(NamedTuple):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         flat = torch.cat([parameter.grad.flatten() for parameter in parameters])  # one message instead of many
-        dist.all_reduce(flat)
+        with together():
+            dist.all_reduce(flat)
         for parameter, part in zip(parameters, flat.split([parameter.numel() for parameter in parameters])):
             parameter.grad.copy_(part.view_as(parameter))
 
@@ -62,7 +83,8 @@ class Group(NamedTuple):
         padded = torch.zeros((most, *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
         padded[:len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(parts, padded)
+        with together():
+            dist.all_gather(parts, padded)
         whole = torch.empty((stop - first, *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
         for rank, part in enumerate(parts):
             skip = (rank - first) % self.size
@@ -73,7 +95,8 @@ class Group(NamedTuple):
     def wait(self) -> None:
         """Wait until every process is here."""
         if self.size > 1:
-            dist.barrier()
+            with together():
+                dist.barrier()
 
 
 def join(device: torch.device) -> tuple[Group, torch.device]:
@@ -91,6 +114,7 @@ def join(device: torch.device) -> tuple[Group, torch.device]:
                            "start fewer with --nproc-per-node, or pass --device cpu")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    with together():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     atexit.register(dist.destroy_process_group)
     return Group(rank, size, device), device

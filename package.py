@@ -13,6 +13,7 @@ from pathlib import Path
 
 import artifacts
 import clips
+import distributed
 import tracking
 from cli import Parser, add_run_flags, one_line, progress, run
 from files import BadInput, cannot_write, plain, read_json, whole_file
@@ -129,6 +130,7 @@ def write_zip(folder: Path, names: list[str], out: Path, overwrite: bool) -> Non
 
 def main() -> int:
     args = parse_args()
+    distributed.refuse_several("package.py")
     account = tracking.from_flags(args)
     folder, used = artifacts.fetch(args.results, account)
     if not folder.is_dir():
