@@ -27,6 +27,7 @@ import artifacts
 import checkpoints
 import clips
 import data
+import distributed
 import featurizers
 import metrics
 import models
@@ -243,6 +244,7 @@ def write_pictures(out: Path, source: Source, files: list[Path], rows: list[dict
 
 def main() -> None:
     args = parse_args()
+    distributed.refuse_several("evaluate.py")
     account = tracking.from_flags(args)
     if args.threads:
         torch.set_num_threads(args.threads)
