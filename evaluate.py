@@ -28,7 +28,6 @@ import checkpoints
 import clips
 import data
 import distributed
-import featurizers
 import metrics
 import models
 import pictures
@@ -116,6 +115,7 @@ def featurize(frames: list[clips.Frame], sizes: list[tuple[int, int]], model: di
 
     Frames keep their aspect ratio and get about as many pixels as the model's training frames had.
     """
+    import featurizers  # brings torchvision: a second of imports that only clips without features pay
     height, width = sizes[0]
     scale = math.sqrt(math.prod(model["size"]) / (height * width))
     size = tuple(model["size"]) if abs(scale - 1) < 1e-3 else (round(height * scale), round(width * scale))
@@ -190,7 +190,7 @@ def finish_frame(pixels: np.ndarray, index: int, source: Source, file: Path | No
         if pixels.shape != size:
             pixels = torch.nn.functional.interpolate(torch.from_numpy(pixels)[None, None].float(), size, mode="bilinear")
             pixels = pixels[0, 0].to(torch.uint8).numpy()
-        clips.write_image(file, pixels, compress_level=1)
+        pictures.write_grey(file, pixels)
     row = {"index": index, "clip": source.frames[index].clip, "frame": source.frames[index].name}
     mask = source.mask(index)
     if mask is None:
@@ -283,7 +283,7 @@ def main() -> None:
             frames = clips.find_frames(root, args.split)
             source = Source(frames, clips.check_frames(frames), None)
             decoder, features = featurize(frames, source.sizes, model, decoder, args, device)
-        flops = model["featurizer_flops"] + models.decoder_flops(decoder, model["shapes"])
+        flops = model["featurizer_flops"] + models.count_flops(decoder, model["shapes"])
         metadata = {"nparams": models.count_all(decoder, model), "decoder": model["decoder"], "featurizer": model["featurizer"],
                     "decoder_parameters": models.count_parameters(decoder), "flops_per_frame": flops,
                     "frames": len(source.frames), "annotated": source.annotated, "size": source.sizes[0],

@@ -22,9 +22,9 @@ import distributed
 import tracking
 from cli import Parser, add_run_flags, choose_device, positive_int, progress, run
 from distributed import Group
-from featurizers import FEATURIZERS, Featurizer, build_featurizer, choose_compute, run_featurizer, weights_digest
+from featurizers import FEATURIZERS, Featurizer, build_featurizer, choose_compute, count_flops, run_featurizer, weights_digest
 from files import BadInput, plain, refuse_existing
-from models import count_flops, count_parameters
+from models import count_parameters
 from partial import PartialFolder
 
 
@@ -47,7 +47,7 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--dtype", choices=["float16", "float32"], default="float16", help="of what is stored (default: float16)")
     group.add_argument("--compute", choices=["auto", "float32", "bfloat16"], default="auto",
                        help="arithmetic of the network (default: bfloat16 where the device is fast at it)")
-    group.add_argument("--batch-size", type=positive_int, default=8, help="frames at a time (default: 8)")
+    group.add_argument("--batch-size", type=positive_int, default=None, help="frames at a time (default: 4 on the CPU, else 32)")
     tracking.add_tracking_flags(parser)
     add_run_flags(parser)
     return parser.parse_args()
@@ -132,6 +132,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     group, device = distributed.join(choose_device(args.device))
     say = print if group.main else (lambda text: None)
+    args.batch_size = args.batch_size or (4 if device.type == "cpu" else 32)
     root, used = artifacts.fetch(args.data, account)
     artifact = used and artifacts.plain_name(used)  # davis2016-train
     split = args.split or (artifact.rpartition("-")[2] if artifact else root.resolve().stem)
@@ -143,9 +144,8 @@ def main() -> None:
     size = args.size or sizes[0]
     featurizer = build_featurizer(args.featurizer, args.levels and args.levels.split(","), args.weights, args.seed,
                                   choose_compute(args.compute, device))
-    example = torch.zeros(1, 3, *size, dtype=torch.uint8, device="meta")  # shapes and FLOPs, without computing
     shapes = featurizer.shapes(size)
-    meta = make_meta(args, root, frames, sizes, size, featurizer, shapes, count_flops(featurizer, example))
+    meta = make_meta(args, root, frames, sizes, size, featurizer, shapes, count_flops(featurizer, size))
     total = sum(len(frames) * int(np.prod(shape)) * np.dtype(args.dtype).itemsize for shape in shapes.values())
     say(f"{len(frames)} frames of {len(set(meta['clips']))} clips, {size[1]} x {size[0]}; "
         f"{args.featurizer} on {device} in {meta['preprocessing']['compute']}, "

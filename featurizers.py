@@ -242,6 +242,16 @@ def weights_digest(featurizer: nn.Module) -> str:
     return sha.hexdigest()[:16]
 
 
+@torch.no_grad()
+def count_flops(featurizer: Featurizer, size: tuple[int, int]) -> int:
+    """Return the floating-point operations per frame of `size` = (H, W), a multiply-add as two; nothing is computed."""
+    from torch.utils.flop_counter import FlopCounterMode  # a second of imports, which only featurizing pays
+    sketch = copy.deepcopy(featurizer).to("meta")
+    with FlopCounterMode(display=False) as counter:
+        sketch(torch.empty(1, 3, *size, dtype=torch.uint8, device="meta"))
+    return counter.get_total_flops()
+
+
 # --- running -----------------------------------------------------------------------------------
 
 

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from cues import CUES, clip_cues
 from data import clip_ranges
@@ -69,6 +68,10 @@ class Decoder(nn.Module):
         """
         return (F.binary_cross_entropy_with_logits(output, target, reduction="none") * area).sum((1, 2))
 
+    def pixels(self, output: torch.Tensor) -> torch.Tensor:
+        """Turn what `forward` gave, [B, gh, gw], into pixels at frame size, uint8 [B, H, W]: floor(255 * probability)."""
+        return (self.probabilities(output) * 255).to(torch.uint8)
+
     def probabilities(self, output: torch.Tensor) -> torch.Tensor:
         """Turn what `forward` gave, [B, gh, gw], into probabilities at frame size, [B, H, W] in 0..1."""
         logits = F.interpolate(output[:, None], self.size, mode="bilinear", align_corners=False)
@@ -107,9 +110,16 @@ class Simple(Decoder):
         """As Decoder.loss, but of probabilities."""
         return (F.binary_cross_entropy(output.float(), target, reduction="none") * area).sum((1, 2))
 
+    def pixels(self, output: torch.Tensor) -> torch.Tensor:
+        return self.spread((output * 255).to(torch.uint8))  # a byte a pixel to spread, not four
+
     def probabilities(self, output: torch.Tensor) -> torch.Tensor:
-        rows, columns = (group.to(output.device) for group in self.groups)
-        return output[:, rows][:, :, columns]
+        return self.spread(output)
+
+    def spread(self, values: torch.Tensor) -> torch.Tensor:
+        """Give every pixel its cell's value: [B, gh, gw] -> [B, H, W]."""
+        rows, columns = (group.to(values.device) for group in self.groups)
+        return values[:, rows][:, :, columns]
 
 
 class Linear(Decoder):
@@ -329,21 +339,24 @@ def count_all(decoder: nn.Module, description: dict) -> int:
 
 
 @torch.no_grad()
-def count_flops(network: nn.Module, example) -> int:
-    """Return the floating-point operations of network(example), a multiply-add as two.
+def count_flops(decoder: Decoder, shapes: Shapes) -> int:
+    """Return the floating-point operations per frame of the decoder's convolutions and linear layers, a multiply-add as two.
 
-    example: a meta tensor, or a list of them: shapes without values, so nothing is computed.
+    Runs on meta tensors, which have shapes and no values. (torch.utils.flop_counter says the same, after a second of imports.)
     """
-    sketch = copy.deepcopy(network).to("meta").eval()
-    with FlopCounterMode(display=False) as counter:
-        sketch(example)
-    return counter.get_total_flops()
+    total = 0
 
+    def count(layer: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        nonlocal total
+        total += 2 * output.numel() * layer.weight[0].numel()  # values that go into one output
 
-def decoder_flops(decoder: Decoder, shapes: Shapes) -> int:
-    """Return the decoder's floating-point operations per frame."""
+    sketch = copy.deepcopy(decoder).to("meta").eval()
+    for layer in sketch.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.register_forward_hook(count)
     cues = [(decoder.cues, *shape[1:]) for shape in shapes.values()] if decoder.cues else []
-    return count_flops(decoder, [torch.empty(1, *shape, device="meta") for shape in [*shapes.values(), *cues]])
+    sketch([torch.empty(1, *shape, device="meta") for shape in [*shapes.values(), *cues]])
+    return total
 
 
 # --- running -----------------------------------------------------------------------------------
@@ -360,7 +373,7 @@ def predict(decoder: Decoder, features: Features, index: torch.Tensor, batch: in
     for part in index.split(batch):
         output = decoder(features.batch(part)).float()
         if images is None:
-            yield from (decoder.probabilities(output) * 255).to(torch.uint8)
+            yield from decoder.pixels(output)
             continue
         for logits in output:
             frame = torch.from_numpy(next(images)).to(features.device).permute(2, 0, 1)

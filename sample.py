@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from clips import write_image
 from cli import Parser, positive_int, progress, run
+from clips import write_image
 from files import BadInput, whole_folder
 
 PATTERNS = ("stripes", "checker", "dots")

@@ -222,7 +222,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe) -> torch.opt
 def print_rules(decoder: Decoder, description: dict, recipe: Recipe, frames: int) -> None:
     """Print what the contest asks of a model: its size, and what a frame costs."""
     own, total = models.count_parameters(decoder), models.count_all(decoder, description)
-    flops = models.decoder_flops(decoder, description["shapes"])
+    flops = models.count_flops(decoder, description["shapes"])
     print(f"{description['decoder']} on {description['featurizer']}: {total:,} parameters ({own:,} in the decoder) of at most "
           f"{models.LIMIT - 1:,}; {(description['featurizer_flops'] + flops) / 1e9:.2f} GFLOP a frame ({flops / 1e9:.3f} in the decoder)")
     print(f"{recipe.steps} steps of {recipe.batch} from {frames} frames: {recipe.optimizer}, lr {recipe.lr:g} {recipe.schedule}")

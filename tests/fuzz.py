@@ -34,10 +34,9 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import imageio.v3 as iio  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from helpers import sign, write_features  # noqa: E402
+from helpers import write_features  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import checkpoints  # noqa: E402

@@ -7,7 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
-import models
+import featurizers
 from featurizers import build_featurizer, parse_level, to_tensor, weights_digest
 from files import BadInput
 
@@ -231,5 +231,10 @@ def test_frames_of_another_size_are_resized():
 
 
 def test_flops_are_those_of_the_convolutions():
-    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1))
-    assert models.count_flops(network, torch.empty(1, 3, 10, 12, device="meta")) == 2 * 120 * (3 * 8 * 9 + 8 * 4)
+    network = nn.ModuleDict({"first": nn.Conv2d(3, 8, 3, padding=1), "second": nn.Conv2d(8, 4, 1)})
+
+    class Two(nn.Module):
+        def forward(self, frames):
+            return {"s1": network["second"](torch.relu(network["first"](frames)))}
+    featurizer = featurizers.Featurizer("two", Two(), ["s1"], (0.5,) * 3, (0.5,) * 3)
+    assert featurizers.count_flops(featurizer, (10, 12)) == 2 * 120 * (3 * 8 * 9 + 8 * 4)

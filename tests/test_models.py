@@ -132,7 +132,7 @@ def test_standardise_takes_mean_and_spread_of_the_training_frames_alone(tmp_path
 
 def test_flops_of_a_decoder_are_its_convolutions():
     decoder = make_decoder("linear", {"s32": (6, 3, 4), "s16": (4, 7, 9)}, SIZE)
-    assert models.decoder_flops(decoder, {"s32": (6, 3, 4), "s16": (4, 7, 9)}) == 2 * (6 * 12 + 4 * 63)
+    assert models.count_flops(decoder, {"s32": (6, 3, 4), "s16": (4, 7, 9)}) == 2 * (6 * 12 + 4 * 63)
 
 
 @torch.no_grad()

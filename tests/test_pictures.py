@@ -238,3 +238,13 @@ def test_ticks_are_round_and_cover_the_range(low, high):
     steps = np.diff(found)
     assert 3 <= len(found) <= 8 and found[0] == low and found[-1] >= high
     assert np.allclose(steps, steps[0]) and f"{steps[0]:e}"[0] in "125"
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 13), (48, 80)])
+def test_grey_pictures_come_back_as_they_were_written(tmp_path, size):
+    rng = np.random.default_rng(0)
+    for pixels in (rng.integers(0, 256, size, dtype=np.uint8), np.zeros(size, np.uint8), np.full(size, 255, np.uint8)):
+        pictures.write_grey(tmp_path / "grey.png", pixels)
+        with iio.imopen(tmp_path / "grey.png", "r", plugin="pillow") as file:
+            assert file.metadata(exclude_applied=False)["mode"] == "L"
+            np.testing.assert_array_equal(file.read(), pixels)
