@@ -1,4 +1,6 @@
 """Too large for the memory: said before anything is allocated, or done in smaller parts."""
+import json
+import re
 from unittest import mock
 
 import numpy as np
@@ -8,8 +10,6 @@ from helpers import call, ok, tree, write_davis, write_features
 
 import featurizers
 import resident
-
-FREE = {"device": 2_000_000_000, "host": 5_000_000_000}
 
 
 @pytest.mark.parametrize("place, instead", [("device", "--resident host"), ("host", "--resident disk")])
@@ -84,4 +84,9 @@ def test_deterministic_is_the_same_run_and_args_json_says_what_it_was(tmp_path):
         ok(call("train", "--args", tmp_path / "run/args.json", "--out", tmp_path / "again"))
     finally:
         torch.use_deterministic_algorithms(False)
+    said, meta = (json.loads((tmp_path / name).read_text()) for name in ("run/args.json", "features/meta.json"))
+    assert said["command"] == ["train.py", *map(str, flags), "--deterministic", "--out", str(tmp_path / "run")]
+    assert said["features"] == {str(tmp_path / "features"): meta["sha256"]} and said["versions"]["torch"] == torch.__version__
+    assert said["args"]["deterministic"] is True and said["recipe"]["steps"] == 12
+    assert said["git_revision"] is None or re.fullmatch("[0-9a-f]{40}([+]changes)?", said["git_revision"])
     assert (tmp_path / "run/model.pt").read_bytes() == (tmp_path / "again/model.pt").read_bytes() == (tmp_path / "plain/model.pt").read_bytes()
