@@ -3,13 +3,80 @@
 The background is what the frames' borders show and what looks like it; the object is what differs from that, is
 rare in the clip, and moves otherwise than the camera. Decoders that set `cues` get these maps beside the features.
 """
+import contextlib
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 
+from data import FeatureFolder, check_array, clip_ranges
+from files import BadInput, read_json, sha256, whole_file, write_json
+from resident import DiskRows, Features, Rows, gather, load_rows
+
+VERSION = 1  # of what `clip_cues` computes: cues kept by another version are made anew
 CUES = 4  # channels that `clip_cues` returns
 KEPT = 32  # principal components of a level that frames are aligned and compared by
 CELLS = 2000  # a finer grid than this is aligned at half its size: a fifth of the time
 SPANS = (2, 4, 8, 16)  # frames from one to the other that it is compared with
+
+
+# --- beside the features -----------------------------------------------------------------------
+
+
+def with_cues(features: Features, clips: list[str], folder: FeatureFolder | None = None, levels: list[str] | None = None) -> Features:
+    """Append to the features the cues of each level, [N, CUES, h, w] as float16, kept where the level is.
+
+    clips: the clip of every frame. They take seconds a clip, so with `folder` and the names of its `levels` they are kept
+    beside the features, as cues.<level>.npy, and read from there the next time.
+    """
+    added = []
+    for number, level in enumerate(features.levels):
+        kept = read_cues(folder, levels[number], level, features) if folder else None
+        if kept is None:
+            made = make_cues(level, clips, features)
+            if folder and features.group.main:
+                keep_cues(folder, levels[number], made)
+            own = made[features.group.holds(torch.arange(len(made)))]
+            kept = own.to(level.device) if isinstance(level, torch.Tensor) else own
+        added.append(kept)
+    return features._replace(levels=features.levels + added)
+
+
+def make_cues(level: Rows, clips: list[str], features: Features) -> torch.Tensor:
+    """Return the cues of all frames of a level, float16 [N, CUES, h, w] in host memory, clip by clip."""
+    device, group, parts = features.device, features.group, []
+    for _, first, stop in clip_ranges(clips):
+        frames = torch.arange(first, stop)
+        ours = gather(level, frames[group.holds(frames)], device, group)
+        parts.append(clip_cues(group.interleave(ours, first, stop)).half().cpu())
+    return torch.cat(parts)
+
+
+def read_cues(folder: FeatureFolder, level: str, rows: Rows, features: Features) -> Rows | None:
+    """Return the cues kept beside a level of a folder; None when there are none, or they were made of other features."""
+    file, (_, height, width) = folder.path / f"cues.{level}.npy", folder.meta["levels"][level]
+    shape = (folder.frames, CUES, height, width)
+    with contextlib.suppress(BadInput, KeyError, TypeError):  # whatever is wrong with them, they can be made anew
+        note = read_json(folder.path / "cues.json")[level]
+        if note["version"] == VERSION and note["features"] == folder.meta["sha256"][folder.files[level].name]:
+            check_array(file, shape, (np.float16,))
+            place = "disk" if isinstance(rows, DiskRows) else "device" if rows.device == features.device else "host"
+            return load_rows(file, shape, features.device, place, note["sha256"], features.group)
+    return None
+
+
+def keep_cues(folder: FeatureFolder, level: str, cues: torch.Tensor) -> None:
+    """Write the cues of a level beside it. Where that cannot be done, they are made again the next time."""
+    file, notes = folder.path / f"cues.{level}.npy", folder.path / "cues.json"
+    with contextlib.suppress(BadInput, TypeError):
+        with whole_file(file) as temporary, open(temporary, "wb") as handle:
+            np.save(handle, cues.numpy())
+        kept = read_json(notes) if notes.exists() else {}
+        source = folder.meta["sha256"][folder.files[level].name]
+        write_json(notes, {**kept, level: {"version": VERSION, "features": source, "sha256": sha256(file)}})
+
+
+# --- of one clip -------------------------------------------------------------------------------
 
 
 def clip_cues(level: torch.Tensor, spans: tuple[int, ...] = SPANS) -> torch.Tensor:

@@ -81,7 +81,7 @@ class Source(NamedTuple):
 
     frames: list[clips.Frame]
     sizes: list[tuple[int, int]]  # (H, W) of every frame
-    masks: torch.Tensor | None  # packed, of the whole feature folder; None: read each from its annotation, if it has one
+    masks: resident.Rows | None  # packed, of the whole feature folder; None: read each from its annotation, if it has one
 
     @property
     def annotated(self) -> bool:
@@ -90,7 +90,7 @@ class Source(NamedTuple):
     def mask(self, index: int) -> np.ndarray | None:
         """Return the mask of one frame, packed uint8 [H, ceil(W / 8)], at the frame's own size; None without one."""
         if self.masks is not None:
-            return self.masks[index].numpy()
+            return self.masks[torch.tensor([index])][0].numpy()
         annotation = self.frames[index].annotation
         return None if annotation is None else np.packbits(clips.read_mask(annotation), axis=1)
 
@@ -188,8 +188,8 @@ def finish_frame(pixels: np.ndarray, index: int, source: Source, file: Path | No
     size = source.sizes[index]
     if file is not None:
         if pixels.shape != size:
-            pixels = torch.nn.functional.interpolate(torch.from_numpy(pixels)[None, None].float(), size, mode="bilinear")
-            pixels = pixels[0, 0].to(torch.uint8).numpy()
+            resized = torch.nn.functional.interpolate(torch.from_numpy(pixels)[None, None].float(), size, mode="bilinear")
+            pixels = resized[0, 0].to(torch.uint8).numpy()
         pictures.write_grey(file, pixels)
     row = {"index": index, "clip": source.frames[index].clip, "frame": source.frames[index].name}
     mask = source.mask(index)
@@ -202,8 +202,8 @@ def finish_frame(pixels: np.ndarray, index: int, source: Source, file: Path | No
 
 def write_scores(out: Path, rows: list[dict], protocol: str) -> dict:
     """Write scores.json and frames.csv from a row per frame; return the scores."""
-    summary = metrics.summarize([row["clip"] for row in rows], *(np.array([row[key] for row in rows], dtype=float)
-                                                                 for key in ("iou", "J", "F")), protocol)
+    iou, J, F = (np.array([row[key] for row in rows], dtype=float) for key in ("iou", "J", "F"))
+    summary = metrics.summarize([row["clip"] for row in rows], iou, J, F, protocol)
     write_json(out / "scores.json", summary)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
@@ -216,7 +216,8 @@ def write_scores(out: Path, rows: list[dict], protocol: str) -> dict:
 def write_pictures(out: Path, source: Source, files: list[Path], rows: list[dict], scores: dict | None, facts: dict,
                    video: str) -> None:
     """Write report.html, and one overlay video a clip in overlays/ unless `video` is "none"."""
-    shown = {row["index"]: None for clip_rows in report.group_by_clip(rows).values() for _, row in report.choose_frames(clip_rows)}
+    wanted = {row["index"] for clip_rows in report.group_by_clip(rows).values() for _, row in report.choose_frames(clip_rows)}
+    shown: dict[int, np.ndarray] = {}
 
     def draw(first: int, stop: int) -> Iterator[np.ndarray]:
         for index, image in zip(range(first, stop), clips.read_images(source.frames[first:stop])):
@@ -225,13 +226,13 @@ def write_pictures(out: Path, source: Source, files: list[Path], rows: list[dict
             if mask is not None:
                 mask = np.unpackbits(mask, axis=1, count=prediction.shape[1]).astype(bool)
             picture = pictures.overlay(image, prediction, mask)
-            if index in shown:
+            if index in wanted:
                 shown[index] = picture
             yield picture
 
     for clip, first, stop in progress(list(data.clip_ranges([frame.clip for frame in source.frames])), "pictures"):
         if video == "none":
-            for index in shown.keys() & range(first, stop):
+            for index in wanted & set(range(first, stop)):
                 next(draw(index, index + 1))
         else:
             (out / "overlays").mkdir(exist_ok=True)
@@ -288,7 +289,8 @@ def main() -> None:
                     "decoder_parameters": models.count_parameters(decoder), "flops_per_frame": flops,
                     "frames": len(source.frames), "annotated": source.annotated, "size": source.sizes[0],
                     "sizes": None if len(set(source.sizes)) == 1 else source.sizes}
-        features = models.look_at_clips(model["decoder"], features, [frame.clip for frame in source.frames])
+        names = [frame.clip for frame in source.frames]
+        features = models.look_at_clips(model["decoder"], features, names, folder if features_path else None, list(model["shapes"]))
         index = torch.arange(len(source.frames))
         images = clips.read_images(source.frames, threads) if choose_guided(args.refine, decoder, source) else None
         pixels = (frame.cpu().numpy() for frame in models.predict(decoder, features, index, args.batch_size, images))

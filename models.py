@@ -8,6 +8,8 @@ decoder costs and not what the frame's pixels would.
 B batch, C channels, h w feature grid, gh gw the decoder's grid, H W frame.
 """
 import copy
+import functools
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -16,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cues import CUES, clip_cues
-from data import clip_ranges
+from cues import CUES, with_cues
+from data import FeatureFolder
 from files import BadInput
 from guided import guided_probabilities
-from resident import Features, with_clip_levels
+from resident import Features
 
 Shapes = dict[str, tuple[int, int, int]]  # level: (C, h, w), coarse to fine
 LIMIT = 50_000_000  # the contest's: parameters of featurizer and decoder must be fewer
@@ -55,7 +57,8 @@ class Decoder(nn.Module):
 
     def cells(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The grid row of every pixel row, int64 [H], and the grid column of every pixel column, int64 [W]."""
-        return tuple(torch.arange(pixels) * cells // pixels for pixels, cells in zip(self.size, self.grid))
+        rows, columns = (torch.arange(pixels) * cells // pixels for pixels, cells in zip(self.size, self.grid))
+        return rows, columns
 
     def standardise(self, features: Features, index: torch.Tensor) -> None:
         """Look at the training features once, before the first step; for a decoder that wants their mean and spread."""
@@ -85,6 +88,9 @@ class Simple(Decoder):
     the same ones. Such pixels form a cell of the output grid here: predicting, pooling targets and weighing by
     area per cell gives the notebook's loss over all pixels exactly, from a few hundred times fewer numbers.
     """
+
+    mix_rows: torch.Tensor
+    mix_columns: torch.Tensor
 
     def __init__(self, shapes: Shapes, size: tuple[int, int]):
         (channels, height, width), = one_level(shapes, "simple")
@@ -138,7 +144,7 @@ class Linear(Decoder):
     def forward(self, levels: list[torch.Tensor]) -> torch.Tensor:
         """levels: a [B, C, h, w] for each of `shapes`. Returns logits [B, gh, gw]."""
         logits = [conv(norm(level)) for norm, conv, level in zip(self.norms, self.convs, levels)]
-        return sum(F.interpolate(one, self.grid, mode="bilinear", align_corners=False)[:, 0] for one in logits)
+        return functools.reduce(torch.add, (F.interpolate(one, self.grid, mode="bilinear", align_corners=False)[:, 0] for one in logits))
 
 
 class FPN(Decoder):
@@ -148,12 +154,13 @@ class FPN(Decoder):
     are averaged afterwards. Lin et al., "Feature Pyramid Networks for Object Detection", CVPR 2017, for the sum.
     """
 
-    recipe = Recipe(steps=300, batch=12, lr=3e-3, optimizer="adamw", weight_decay=1e-2, schedule="onecycle", shuffle=True,
+    recipe = Recipe(steps=250, batch=10, lr=3e-3, optimizer="adamw", weight_decay=1e-2, schedule="onecycle", shuffle=True,
                     balanced=True, clip_gradient=1.0)
     guided = True
     keep = 32  # principal components of each level
     drop = 0.3  # share of a level's components set to 0 in training
     lose = 0.0  # share of frames whose own features are set to 0 in training, which leaves the clip's cues
+    hide = 0.25  # share of frames that one kind of cue is set to 0 in, on all levels, in training
     width, fine, depths = 48, 32, (1, 1, 2, 2, 1)  # channels, and blocks a grid from coarse to fine
 
     def __init__(self, shapes: Shapes, size: tuple[int, int]):
@@ -165,7 +172,7 @@ class FPN(Decoder):
         widths = [self.width] * (len(stages) - 1) + [self.fine]
         depths = (*[1] * len(stages), *self.depths)[-len(stages):]
         self.inputs = nn.ModuleList(nn.Conv2d(c, widths[stages.index(grid)], 1) for c, grid in zip(channels, grids))
-        self.ups = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in zip(widths, widths[1:]))
+        self.ups = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in itertools.pairwise(widths))
         self.joins = nn.ModuleList(nn.GroupNorm(8, w) for w in widths)
         self.blocks = nn.ModuleList(nn.Sequential(*[Block(w) for _ in range(n)]) for w, n in zip(widths, depths))
         self.output = nn.Conv2d(self.fine, 1, 1)
@@ -180,7 +187,11 @@ class FPN(Decoder):
         if self.training:
             kept = (torch.rand(len(levels[0]), 1, 1, 1, device=levels[0].device) >= self.lose).float()
             own = [F.dropout2d(level, self.drop) * kept for level in own]
-        levels = own + levels[len(own):]
+        cues = levels[len(own):]
+        if self.training and cues:
+            seen = (torch.rand(len(levels[0]), self.cues, 1, 1, device=levels[0].device) >= self.hide).float()
+            cues = [cue * seen for cue in cues]
+        levels = own + cues
         if not self.training:
             return (self.pyramid(levels) + mirror(self.pyramid([mirror(level) for level in levels]))) / 2
         if torch.rand(()) < 0.5:  # drawn on the host: no waiting
@@ -240,11 +251,10 @@ def mirror(x: torch.Tensor) -> torch.Tensor:
     return x.flip(-1)
 
 
-def look_at_clips(decoder_name: str, features: Features, clips: list[str]) -> Features:
-    """Append each level's cues to the features, for a decoder that wants them; clips: the clip of every frame."""
-    if not DECODERS[decoder_name].cues:
-        return features
-    return with_clip_levels(features, list(clip_ranges(clips)), clip_cues)
+def look_at_clips(decoder_name: str, features: Features, clips: list[str], folder: FeatureFolder | None = None,
+                  levels: list[str] | None = None) -> Features:
+    """Append each level's cues to the features, for a decoder that wants them; see cues.with_cues."""
+    return with_cues(features, clips, folder, levels) if DECODERS[decoder_name].cues else features
 
 
 class Standardise(nn.Module):
@@ -252,6 +262,10 @@ class Standardise(nn.Module):
 
     keep: of the standardised channels, only the first so many principal components; 0 for the channels themselves.
     """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+    basis: torch.Tensor
 
     def __init__(self, channels: int, keep: int = 0):
         super().__init__()

@@ -7,9 +7,10 @@ Parted from data.py, which knows the files.
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,13 +36,14 @@ class DiskRows:
     """
 
     def __init__(self, file: Path, shape: tuple[int, ...], start: int, dtype: torch.dtype, group: Group):
-        self.handle, self.shape, self.start, self.dtype, self.group = open(file, "rb", buffering=0), shape, start, dtype, group
+        self.handle = open(file, "rb", buffering=0)  # noqa: SIM115  as long as the rows may be asked for
+        self.shape, self.start, self.dtype, self.group = shape, start, dtype, group
 
     def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
         """Return rows `index`, int64 [B], counted among this process's share, in host memory."""
         rows = torch.empty((len(index), *self.shape[1:]), dtype=self.dtype)
         for row, number in zip(rows, (index * self.group.size + self.group.rank).tolist()):
-            view = memoryview(row.numpy().reshape(-1)).cast("B")
+            view = bytes_of(row)
             if os.preadv(self.handle.fileno(), [view], self.start + number * len(view)) != len(view):
                 raise BadInput(f"{self.handle.name}: ended early; it was changed while being read")
         return rows
@@ -63,7 +65,8 @@ def load_rows(file: Path, shape: tuple[int, ...], device: torch.device, resident
     array = None
     if resident != "disk":
         where = device if resident == "device" else torch.device("cpu")
-        array = torch.empty((len(range(group.rank, shape[0], group.size)), *shape[1:]), dtype=kind, device=where, pin_memory=resident == "host" and device.type == "cuda")
+        array = torch.empty((len(range(group.rank, shape[0], group.size)), *shape[1:]), dtype=kind, device=where,
+                            pin_memory=resident == "host" and device.type == "cuda")
     values = math.prod(shape[1:])
     buffer = torch.empty((max(1, CHUNK // (values * dtype.itemsize)), values), dtype=kind, pin_memory=device.type == "cuda")
     sha = hashlib.sha256()
@@ -73,7 +76,7 @@ def load_rows(file: Path, shape: tuple[int, ...], device: torch.device, resident
             piece = buffer[:min(len(buffer), shape[0] - first)]
             read_into(handle, piece)
             if digest is not None:
-                sha.update(memoryview(piece.numpy()).cast("B"))
+                sha.update(bytes_of(piece))
             if dtype != np.uint8 and not math.isfinite(piece.sum(dtype=torch.float32)):
                 refuse_not_finite(file, piece, first)
             if array is not None:
@@ -86,9 +89,14 @@ def load_rows(file: Path, shape: tuple[int, ...], device: torch.device, resident
     return DiskRows(file, shape, start, kind, group) if array is None else array
 
 
-def read_into(handle: BinaryIO, piece: torch.Tensor) -> None:
+def bytes_of(piece: torch.Tensor) -> memoryview:
+    """The memory of a host tensor, as bytes."""
+    return piece.numpy().reshape(-1).view(np.uint8).data
+
+
+def read_into(handle: FileIO, piece: torch.Tensor) -> None:
     """Fill a host tensor with the file's next bytes. A short read means the file was cut while we read it."""
-    view = memoryview(piece.numpy()).cast("B")
+    view = bytes_of(piece)
     done = 0
     while done < len(view):
         count = handle.readinto(view[done:])
@@ -144,23 +152,6 @@ def load_masks(folder: FeatureFolder, device: torch.device, resident: str = "dev
     return load_rows(folder.masks, mask_shape(folder), device, resident, digest, group)
 
 
-def with_clip_levels(features: Features, ranges: list[tuple[str, int, int]], look: Callable[[torch.Tensor], torch.Tensor]) -> Features:
-    """Append to the levels what `look` makes of each, clip by clip: [T, C, h, w] -> [T, K, h, w], kept as float16.
-
-    ranges: (clip, first frame, one past its last). Kept where the levels are; on the host when those are on disk.
-    """
-    device, group, added = features.device, features.group, []
-    for level in features.levels:
-        own = []
-        for _, first, stop in ranges:
-            frames = torch.arange(first, stop)
-            ours = gather(level, frames[group.holds(frames)], device, group)
-            made = look(group.interleave(ours, first, stop).float())
-            own.append(made[group.holds(frames).to(device)].half().to(level.device if isinstance(level, torch.Tensor) else "cpu"))
-        added.append(torch.cat(own))
-    return features._replace(levels=features.levels + added)
-
-
 def mask_shape(folder: FeatureFolder) -> tuple[int, int, int]:
     """The shape of a folder's masks.npy: [N, H, ceil(W / 8)]."""
     height, width = folder.size
@@ -178,7 +169,7 @@ def choose_resident(asked: str | None, folders: list[FeatureFolder], levels: lis
     needed //= group.size
     for place, free in (("device", free_memory(device)), ("host", free_memory(torch.device("cpu")))):
         fits = free is None or needed <= SPARE * free
-        if asked == place and not fits:
+        if asked == place and free is not None and not fits:
             raise BadInput(f"--resident {place}: the features and masks take {needed / 1e9:.2f} GB, but only {SPARE:.0%} of the "
                            f"{free / 1e9:.2f} GB free there may be used; pass --resident {'host' if place == 'device' else 'disk'}")
         if asked == place or (asked is None and fits):
@@ -205,7 +196,7 @@ class Split(NamedTuple):
     folder: FeatureFolder
     features: Features
     masks: Rows  # uint8 [N, H, ceil(W / 8)]
-    index: torch.Tensor  # int64 [n], the frames that count, in host memory; of all processes
+    index: torch.Tensor  # type: ignore[assignment]  # int64 [n], the frames that count, in host memory; hides tuple.index
 
     def own(self) -> torch.Tensor:
         """The frames of `index` that this process holds."""
@@ -232,7 +223,7 @@ Cells = tuple[torch.Tensor, torch.Tensor]  # the grid row of every pixel row, in
 class Batch(NamedTuple):
     """What a training step needs, on the device: B frames, this process's share of `size`."""
 
-    index: torch.Tensor  # int64 [B], which frames
+    index: torch.Tensor  # type: ignore[assignment]  # int64 [B], which frames; hides tuple.index
     levels: list[torch.Tensor]  # float32 [B, C, h, w] each
     target: torch.Tensor  # float32 [B, gh, gw], share of foreground in each of the decoder's cells
     size: int  # frames in the batch over all processes

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -133,12 +134,12 @@ def train(args: argparse.Namespace, recipe: Recipe, training: resident.Split, va
     schedule = make_schedule(optimizer, recipe)
     average = torch.optim.swa_utils.AveragedModel(
         decoder, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.ema)) if recipe.ema else None
-    parts = {"decoder": decoder, "optimizer": optimizer, "schedule": schedule} | ({"average": average} if average else {})
-    state = {"step": 0, "best": -1.0, "since_best": 0, "total": torch.zeros((), device=device), "count": 0}
+    parts: runs.Parts = {"decoder": decoder, "optimizer": optimizer, "schedule": schedule} | ({"average": average} if average else {})
+    state: dict[str, Any] = {"step": 0, "best": -1.0, "since_best": 0, "total": torch.zeros((), device=device), "count": 0}
     if args.resume:
         runs.load_state(out, parts, state, group)
     forward = torch.compile(decoder) if args.compile else decoder
-    kept = average.module if average else decoder  # what is validated and saved
+    kept: Decoder = cast(Decoder, average.module) if average else decoder  # what is validated and saved
 
     rows, columns = decoder.cells()
     area = (torch.bincount(rows)[:, None] * torch.bincount(columns) / math.prod(folder.size)).to(device)  # [gh, gw]
@@ -264,7 +265,8 @@ def main() -> None:
         print(f"{' and '.join(str(folder.path) for folder in folders)}: levels {', '.join(levels)}, {total / 1e6:,.0f} MB "
               f"to {'disk (read as needed)' if place == 'disk' else device if place == 'device' else 'host memory'}")
     splits = [resident.load_split(folder, levels, device, place, not args.no_verify, group) for folder in folders]
-    splits = [split._replace(features=models.look_at_clips(args.decoder, split.features, split.folder.meta["clips"])) for split in splits]
+    splits = [split._replace(features=models.look_at_clips(args.decoder, split.features, split.folder.meta["clips"], split.folder, levels))
+              for split in splits]
 
     with runs.own_folder(out, fresh=not args.resume, group=group):
         if not args.resume and group.main:
@@ -288,7 +290,8 @@ def train_folds(args, recipe: Recipe, training: resident.Split, folds: list[np.n
     for fold, held in enumerate(folds):
         kept = np.setdiff1d(np.arange(training.folder.frames), held)
         runs.prepare_folder(out / f"fold-{fold}")
-        best, decoder = train(args, recipe, resident.select(training, kept), resident.select(training, held), levels, out / f"fold-{fold}", account, used)
+        best, decoder = train(args, recipe, resident.select(training, kept), resident.select(training, held), levels,
+                              out / f"fold-{fold}", account, used)
         ious.append(validate(decoder, resident.select(training, held)))
         print(f"fold {fold}: val IoU {ious[-1]:.4f} at the last step, {best:.4f} at the best")
     if training.features.group.main:
