@@ -125,14 +125,14 @@ def compare(theirs: list[dict], ours: list[dict], steps: int) -> dict:
     rates = "featurize", "predict_write_score"  # frames/s: more is better; of the others less is
     ratios = {name: statistics.median(b / a if name in rates else a / b for a, b in zip(peer[name], own[name])) for name in names}
     after = spread([turn["seconds"]["after_featurize"] for turn in ours])
-    peer, own = ({name: spread(list(values)) for name, values in figures.items()} for figures in (peer, own))
+    theirs_spread, ours_spread = ({name: spread(list(values)) for name, values in figures.items()} for figures in (peer, own))
     wanted = "2.5x or more" if ours[0]["compute"] == "bfloat16" else "1.25x or more"
     lines = [("featurize", f"AlexNet features in {ours[0]['compute']}", "frames/s", wanted),
              ("train", f"{steps} training steps, targets included", "s", "50x or more"),
              ("train_steps", f"{steps} training steps, targets apart", "s", None),
              ("predict_write_score", "predict, write and score", "frames/s", "5x or more"),
              ("peak", "peak memory", "GB", "3x or more")]
-    rows = [measure.row(what, unit, own[name], peer[name], ratios[name], goal) for name, what, unit, goal in lines]
+    rows = [measure.row(what, unit, ours_spread[name], theirs_spread[name], ratios[name], goal) for name, what, unit, goal in lines]
     rows.append(measure.row("everything after featurizing, imports included", "s", after, goal="6 s or less"))
     return {"featurize_ratio": ratios["featurize"], "train_ratio": ratios["train"], "train_ratio_steps": ratios["train_steps"],
             "after_featurize_seconds": after["median"], "predict_write_score_ratio": ratios["predict_write_score"],
@@ -165,6 +165,7 @@ def notebook_losses(features: Path, steps: int, threads: int) -> list[float]:
     """Train as the notebook does, over every pixel of float masks, on a feature folder of ours. Returns each step's loss."""
     torch.set_num_threads(threads)
     folder = data.open_features(features)
+    assert folder.masks is not None
     levels, packed = (np.load(file, mmap_mode="r") for file in (*folder.files.values(), folder.masks))  # [N, C, h, w], [N, H, W / 8]
     torch.manual_seed(0)
     conv, resize = torch.nn.Conv2d(levels.shape[1], 1, kernel_size=3), torch.nn.AdaptiveAvgPool2d(folder.size)

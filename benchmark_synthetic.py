@@ -86,8 +86,8 @@ def write_features(path: Path, frames: int, shape: tuple[int, int, int], size: t
         for mask, feature, (top, left) in zip(masks, features, rng.uniform(0, 0.6, (count, 2))):
             mask[int(top * height):int((top + 0.4) * height), int(left * width):int((left + 0.4) * width)] = True
             feature[0, int(top * grid_height):int((top + 0.4) * grid_height), int(left * grid_width):int((left + 0.4) * grid_width)] += 2
-        for writer, rows in zip(writers, (features, np.packbits(masks, axis=2))):
-            writer.write(first, rows)
+        writers[0].write(first, features)
+        writers[1].write(first, np.packbits(masks, axis=2))
     for writer in writers:
         writer.close()
     write_json(path / "paths.json", {"raw": data.as_column([f"{index:07d}.jpg" for index in range(frames)])})
@@ -142,7 +142,7 @@ def train(args: argparse.Namespace) -> None:
     device, before = choose_device(args.device), measure.machine()
     compute = featurizers.choose_compute("auto", device)
     featurizer = featurizers.build_featurizer(args.featurizer, None, "random", args.seed, compute).to(device)
-    shapes = {level: (*shape,) for level, shape in featurizer.shapes(args.size).items()}
+    shapes = {level: (c, h, w) for level, (c, h, w) in featurizer.shapes(args.size).items()}
     copy = copy_rate(device, args.repeats)
     results = {"device": str(device), "featurizer": args.featurizer, "shapes": shapes, "compute": str(featurizer.compute)[6:],
                "amp": args.amp, "copy_gb_per_second": copy, "decoders": {}}
@@ -174,7 +174,7 @@ def time_decoder(name: str, featurizer: featurizers.Featurizer, shapes: models.S
     decoder.standardise(features, torch.arange(args.frames))
     targets, batch = torch.rand(args.frames, *decoder.grid, device=device), decoder.recipe.batch
     seconds = spread(time_steps(decoder, features, targets, args, device))
-    bytes_per_step = batch * sum(level[0].numel() * level.element_size() for level in features.levels)
+    bytes_per_step = batch * sum(level[0].numel() * level.element_size() for level in features.levels if isinstance(level, torch.Tensor))
     both = spread(time_frames(featurizer, name, decoder.eval(), list(shapes), args, device))
     return {"levels": list(shapes), "frames_per_step": batch, "steps_per_second": inverse(seconds, args.steps),
             "frames_per_second": inverse(seconds, args.steps * batch), "frame_to_mask_per_second": inverse(both, args.batch_size),

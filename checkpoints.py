@@ -5,6 +5,7 @@ Parted from models.py, which is left with the decoders themselves.
 import io
 import warnings
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -92,13 +93,15 @@ def check_description(model: dict) -> None:
     for shape, limits in [(size, (1 << 16, 1 << 16)), *((shape, (1 << 14, 1 << 12, 1 << 12)) for shape in shapes.values())]:
         if not isinstance(shape, list) or len(shape) != len(limits) or not all(
                 type(n) is int and 0 < n <= limit for n, limit in zip(shape, limits)):
-            raise BadInput(f"its size or a shape is {' '.join(str(shape).split())[:100]}; expected whole numbers, [H, W] or [C, h, w], up to {list(limits)}")
+            raise BadInput(f"its size or a shape is {' '.join(str(shape).split())[:100]}; expected whole numbers, [H, W] or [C, h, w], "
+                           f"up to {list(limits)}")
     checked_size(size, Path("its frames"))
 
 
-def rebuild(model: dict, state: dict, shapes: dict, size: tuple[int, int]) -> Decoder:
+def rebuild(model: dict, state: dict, shapes: dict, size: Sequence[int]) -> Decoder:
     """Make the decoder of a description for feature maps of `shapes` and frames of `size`, with the weights `state`."""
-    decoder = make_decoder(model["decoder"], {level: tuple(shape) for level, shape in shapes.items()}, tuple(size))
+    height, width = size
+    decoder = make_decoder(model["decoder"], {level: tuple(shape) for level, shape in shapes.items()}, (height, width))
     decoder.load_state_dict(state)
     return decoder.eval()
 

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import imageio.v3 as iio
 import numpy as np
-from imageio.core.v3_plugin_api import PluginV3
+from imageio.plugins.pillow import PillowPlugin
 
 from files import BadInput, read_json
 
@@ -24,7 +24,8 @@ VIDEOS = {".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".gif", ".apng"}
 KINDS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"RIFF", b"II*\0", b"MM\0*", b"GIF8")  # what such files start with
 PIXELS_LIMIT = 64_000_000  # 8K video is 33 million; more than this is a decompression bomb, not a frame
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata, and of sizes that `checked_size` refuses
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Frame(NamedTuple):
@@ -107,7 +108,8 @@ def find_contest(root: Path) -> list[Frame]:
     if "raw" not in table:
         raise BadInput(f"{file}: expected a column 'raw', found {', '.join(table) or 'none'}")
     images = [inside(root, path, file) for path in table["raw"]]
-    annotations = [inside(root, path, file) for path in table.get("annotation", [])] or [None] * len(images)
+    annotations: list[Path | None] = [inside(root, path, file) for path in table.get("annotation", [])]
+    annotations = annotations or [None] * len(images)
     if len(annotations) != len(images):
         raise BadInput(f"{file}: {len(images)} frames but {len(annotations)} annotations; expected one each")
     return [Frame(image.parent.name, image.stem, image, annotation)
@@ -236,11 +238,11 @@ def decode(path: Path, mode: str | None) -> np.ndarray:
     """Decode an image file into an array of Pillow's `mode` (None: its own)."""
     with opened(path) as file:
         checked_size(file.properties(index=0).shape, path)
-        return file.read(index=0, mode=mode)
+        return file.read(index=0, mode=cast(str, mode))
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[PluginV3]:
+def opened(path: Path) -> Iterator[PillowPlugin]:
     """Open an image file. Raises BadInput for one that is not of KINDS, whatever it is called, and as `readable` does.
 
     Pillow would go by the content too, and start Ghostscript for one kind; imageio would look into archives.
@@ -250,7 +252,7 @@ def opened(path: Path) -> Iterator[PluginV3]:
             raise BadInput(f"{path}: cannot be decoded; expected the content of a {' '.join(sorted(IMAGES))} file")
         handle.seek(0)
         with iio.imopen(handle, "r", plugin="pillow") as file:
-            yield file
+            yield cast(PillowPlugin, file)
 
 
 @contextlib.contextmanager
@@ -343,7 +345,7 @@ def check_frame(frame: Frame) -> tuple[int, int]:
 def read_images(frames: list[Frame], threads: int = 2, ahead: int = 64) -> Iterator[np.ndarray]:
     """Yield every frame as uint8 [H, W, 3], in order, decoded by `threads` threads at most `ahead` frames early."""
     if frames and frames[0].number is not None:  # a video only decodes forwards
-        wanted = {frame.number for frame in frames}  # rising, maybe with gaps: what an earlier run did is left out
+        wanted = {frame.number or 0 for frame in frames}  # rising, maybe with gaps: what an earlier run did is left out
         images = itertools.islice(read_video(frames[0].image), max(wanted) + 1)
         yield from (image for number, image in enumerate(images) if number in wanted)
     else:
@@ -353,6 +355,7 @@ def read_images(frames: list[Frame], threads: int = 2, ahead: int = 64) -> Itera
 def read_packed_masks(frames: list[Frame], size: tuple[int, int], threads: int = 2) -> Iterator[np.ndarray]:
     """Yield every frame's mask as np.packbits along W, uint8 [H, ceil(W / 8)], resized (nearest) to `size` = (H, W)."""
     def read(frame: Frame) -> np.ndarray:
+        assert frame.annotation is not None  # `check_frames` has seen to that
         return np.packbits(resize_nearest(read_mask(frame.annotation), size), axis=1)
     yield from in_threads(read, frames, threads, ahead=64)
 

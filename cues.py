@@ -31,10 +31,10 @@ def with_cues(features: Features, clips: list[str], folder: FeatureFolder | None
     """
     added = []
     for number, level in enumerate(features.levels):
-        kept = read_cues(folder, levels[number], level, features) if folder else None
+        kept = read_cues(folder, levels[number], level, features) if folder and levels else None
         if kept is None:
             made = make_cues(level, clips, features)
-            if folder and features.group.main:
+            if folder and levels and features.group.main:
                 keep_cues(folder, levels[number], made)
             own = made[features.group.holds(torch.arange(len(made)))]
             kept = own.to(level.device) if isinstance(level, torch.Tensor) else own
@@ -143,7 +143,7 @@ def camera_shift(first: torch.Tensor, second: torch.Tensor, height: int, width: 
     that leave 40 % of the frame in sight count.
     """
     correlation = torch.fft.irfft2((first.conj() * second).sum(3), s=(2 * height, 2 * width))  # [n, 2h, 2w]
-    rows, columns = (torch.fft.fftfreq(2 * n, 0.5 / n, device=correlation.device).round().long() for n in (height, width))  # 0, 1, ..., -2, -1
+    rows, columns = (torch.fft.fftfreq(2 * n, 0.5 / n, device=correlation.device).round().long() for n in (height, width))
     overlap = (height - rows.abs())[:, None] * (width - columns.abs())
     correlation = torch.where(overlap > 0.4 * height * width, correlation / overlap.clamp(min=1), -torch.inf)
     best = correlation.flatten(1).argmax(1)

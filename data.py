@@ -20,7 +20,7 @@ from clips import Frame, checked_size, inside, is_name, read_paths
 from files import BadInput, read_json, whole_file
 
 FORMAT = 1
-META = {  # key of meta.json: the type a reader expects
+META: dict[str, type | tuple[type, ...]] = {  # key of meta.json: the type a reader expects
     "format": int,  # FORMAT
     "featurizer": str,
     "levels": dict,  # level: [C, h, w], coarse to fine
@@ -152,8 +152,8 @@ def folder_frames(folder: FeatureFolder, root: Path | None = None) -> list[Frame
     listed_in = folder.path / "paths.json"
     if os.path.isfile(root):  # a video
         return [Frame(clip, name, root, None, number) for number, (clip, name) in enumerate(zip(meta["clips"], meta["names"]))]
-    columns = folder.paths["raw"], folder.paths.get("annotation", [None] * folder.frames)
-    return [Frame(clip, name, inside(root, raw, listed_in), annotation and inside(root, annotation, listed_in))
+    columns = folder.paths["raw"], folder.paths.get("annotation", [""] * folder.frames)
+    return [Frame(clip, name, inside(root, raw, listed_in), inside(root, annotation, listed_in) if annotation else None)
             for clip, name, raw, annotation in zip(meta["clips"], meta["names"], *columns)]
 
 
@@ -174,7 +174,7 @@ class ArrayWriter:
     Plain writes, not a memory map: memory stays flat, and a full disk is an error rather than a crash.
     """
 
-    def __init__(self, file: Path, shape: tuple[int, ...], dtype: np.dtype):
+    def __init__(self, file: Path, shape: tuple[int, ...], dtype: np.typing.DTypeLike):
         """Open `file`, made at its full length when it is not there yet."""
         self.dtype, self.row = np.dtype(dtype), int(np.prod(shape[1:])) * np.dtype(dtype).itemsize
         header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": tuple(shape)}
@@ -182,7 +182,7 @@ class ArrayWriter:
             with whole_file(file) as temporary, open(temporary, "wb") as made:
                 np.lib.format.write_array_header_1_0(made, header)
                 made.truncate(made.tell() + shape[0] * self.row)
-        self.file = open(file, "r+b")
+        self.file = open(file, "r+b")  # noqa: SIM115  until `close`
         np.lib.format.read_magic(self.file)
         np.lib.format.read_array_header_1_0(self.file)
         self.start = self.file.tell()

@@ -66,14 +66,12 @@ class Group(NamedTuple):
         if self.size == 1:
             return
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        flat = torch.cat([parameter.grad.flatten() for parameter in parameters])  # one message instead of many
+        gradients = [torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in parameters]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])  # one message instead of many
         with together():
             dist.all_reduce(flat)
         for parameter, part in zip(parameters, flat.split([parameter.numel() for parameter in parameters])):
-            parameter.grad.copy_(part.view_as(parameter))
+            parameter.grad = part.view_as(parameter)
 
     def interleave(self, rows: torch.Tensor, first: int, stop: int) -> torch.Tensor:
         """Return frames first .. stop, [stop - first, ...], from every process's share of them, `rows` [n, ...]."""

@@ -65,7 +65,7 @@ class InvertedResidual(nn.Module):
         self.bn2 = norm(outputs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = x if self.expand_conv is None else F.relu6(self.bn0(self.expand_conv(x)), inplace=True)
+        y = x if self.expand_conv is None or self.bn0 is None else F.relu6(self.bn0(self.expand_conv(x)), inplace=True)
         y = F.relu6(self.bn1(self.depthwise_conv(y)), inplace=True)
         y = self.bn2(self.project_conv(y))
         return x + y if self.residual else y
@@ -124,12 +124,12 @@ def fold_norms(network: EfficientNetLite) -> EfficientNetLite:
     The output is the same up to float32 rounding. An 854 x 480 frame on 2 CPU cores (AVX2): 0.34 s for 1.06 s unfolded;
     channels_last gains nothing once folded (0.41 s).
     """
-    pairs = [(network, "conv_stem", "bn0")]
+    pairs: list[tuple[nn.Module, str, str]] = [(network, "conv_stem", "bn0")]
     for block in network.blocks:
         pairs += [(block, "expand_conv", "bn0"), (block, "depthwise_conv", "bn1"), (block, "project_conv", "bn2")]
     for parent, conv_name, norm_name in pairs:
         conv, bn = getattr(parent, conv_name), getattr(parent, norm_name)
-        if isinstance(bn, nn.BatchNorm2d):
+        if isinstance(bn, nn.BatchNorm2d) and bn.running_var is not None and bn.running_mean is not None:
             scale = (bn.weight / torch.sqrt(bn.running_var + bn.eps)).detach()
             conv.weight.data = conv.weight.data * scale[:, None, None, None]
             conv.bias = nn.Parameter((bn.bias - bn.running_mean * scale).detach(), requires_grad=False)

@@ -274,11 +274,11 @@ def main() -> None:
         out = args.out or Path("results") / default_name(used[0], model_path, model["decoder"])
         refuse_existing(out, args.overwrite)
         if features_path:
-            folder = data.open_features(features_path)
-            checkpoints.check_fit(model, args.model, folder)
-            place = resident.choose_resident(args.resident, [folder], list(model["shapes"]), device)
-            source = open_source(folder, root, not args.no_verify, pictures=not args.no_pictures)
-            features = resident.load_features(folder, list(model["shapes"]), device, place, not args.no_verify)
+            source_folder = data.open_features(features_path)
+            checkpoints.check_fit(model, args.model, source_folder)
+            place = resident.choose_resident(args.resident, [source_folder], list(model["shapes"]), device)
+            source = open_source(source_folder, root, not args.no_verify, pictures=not args.no_pictures)
+            features = resident.load_features(source_folder, list(model["shapes"]), device, place, not args.no_verify)
             decoder = decoder.to(device)
         else:
             frames = clips.find_frames(root, args.split)
@@ -290,7 +290,7 @@ def main() -> None:
                     "frames": len(source.frames), "annotated": source.annotated, "size": source.sizes[0],
                     "sizes": None if len(set(source.sizes)) == 1 else source.sizes}
         names = [frame.clip for frame in source.frames]
-        features = models.look_at_clips(model["decoder"], features, names, folder if features_path else None, list(model["shapes"]))
+        features = models.look_at_clips(model["decoder"], features, names, source_folder if features_path else None, list(model["shapes"]))
         index = torch.arange(len(source.frames))
         images = clips.read_images(source.frames, threads) if choose_guided(args.refine, decoder, source) else None
         pixels = (frame.cpu().numpy() for frame in models.predict(decoder, features, index, args.batch_size, images))
@@ -341,7 +341,9 @@ def score_table(source: Source, outputs: list[Path], rows: list[dict]) -> Iterat
     """Yield the rows of the contest's table: a frame's output, its target [H, W] 0 or 255, and its IoU (-1 where both are empty)."""
     for row in rows:
         index = row["index"]
-        mask = np.unpackbits(source.mask(index), axis=1, count=source.sizes[index][1]) * 255
+        packed = source.mask(index)
+        assert packed is not None  # or there would be no scores to log
+        mask = np.unpackbits(packed, axis=1, count=source.sizes[index][1]) * 255
         yield outputs[index], mask, -1.0 if row["iou"] is None else row["iou"]
 
 

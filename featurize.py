@@ -118,8 +118,8 @@ def write_features(partial: PartialFolder, frames: list[clips.Frame], featurizer
         if not all(np.isfinite(level).all() for level in stored):
             raise BadInput(f"{frames[batch[0]].image}: its features do not fit {args.dtype}, or are not finite; "
                            "pass --dtype float32 --compute float32")
-        for writer, level in zip(writers, stored):
-            writer.write(batch[0], level)
+        for writer, rows in zip(writers, stored):
+            writer.write(batch[0], rows)
         partial.note_rows(batch[0], stored)
     for writer in writers:
         writer.close()
@@ -162,7 +162,7 @@ def main() -> None:
             if group.main:
                 columns = {"raw": plan["raw"]}
                 if frames[0].annotation is not None:
-                    columns["annotation"] = [relative(frame.annotation, root) for frame in frames]
+                    columns["annotation"] = [relative(frame.annotation, root) for frame in frames if frame.annotation]
                 partial.finish(meta, columns)
         seconds = time.perf_counter() - started
         if not group.main:

@@ -33,13 +33,13 @@ class Featurizer(nn.Module):
         super().__init__()
         self.name, self.levels, self.mean, self.std, self.compute = name, levels, mean, std, compute
         self.scales = sorted({parse_level(level)[1] for level in levels}, reverse=True)
-        self.network = network.requires_grad_(False).eval().to(compute, memory_format=torch.channels_last)
+        self.network = network.requires_grad_(False).eval().to(compute).to(memory_format=torch.channels_last)
 
     def forward(self, frames: torch.Tensor) -> list[torch.Tensor]:
         """frames: uint8 [B, 3, H, W], RGB. Returns a float32 [B, C, h, w] for each of `levels`."""
         mean, std = (torch.tensor(values, device=frames.device)[:, None, None] for values in (self.mean, self.std))
         frames = frames.float().div_(255).sub_(mean).div_(std).to(self.compute, memory_format=torch.channels_last)
-        maps = {}
+        maps: dict[str, torch.Tensor] = {}
         for scale in self.scales:
             scaled = frames if scale == 1 else nn.functional.interpolate(
                 frames, scale_factor=scale, mode="bilinear", antialias=True)
@@ -90,7 +90,7 @@ def build_efficientnet_lite(levels: list[str], weights: str | None, name: str) -
     if weights == "random":
         network = efficientnet_lite.EfficientNetLite(*efficientnet_lite.VARIANTS[name], levels=tuple(levels))
         return efficientnet_lite.fold_norms(network.eval())
-    return efficientnet_lite.load(name, levels, weights and Path(weights))
+    return efficientnet_lite.load(name, levels, Path(weights) if weights else None)
 
 
 # name -> (builder, mean, std, default levels)
@@ -176,7 +176,8 @@ def find_taps(name: str) -> tuple[dict[str, str], set[str]]:
         if path and path.count(".") < 2:
             module.register_forward_hook(lambda module, inputs, value, path=path: note(path, value))
     network(torch.empty(1, 3, height, width, device="meta"))
-    taps, last = {}, set()
+    taps: dict[str, str] = {}
+    last: set[str] = set()
     for stride in STRIDES:
         grid = (height // stride, width // stride)
         for path, shape in shapes.items():

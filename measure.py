@@ -40,7 +40,7 @@ def time_in_turns(candidates: dict[str, Callable[[], object]], repeats: int, clo
     Each is called once before the clock starts, to load code and memory. clock: `time.perf_counter` for wall
     seconds; `time.process_time` for what runs in one thread, so that waiting for a core does not count.
     """
-    seconds = {name: [] for name in candidates}
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(repeats + 1):
         for name, candidate in candidates.items():
             start = clock()

@@ -9,9 +9,10 @@ waiting for the device). Both count the same pixels and so give the same scores.
 Source: Perazzi et al., "A Benchmark Dataset and Evaluation Methodology for Video Object Segmentation", CVPR
 2016, and the rules of its toolkit (`db_eval_iou`, `db_eval_boundary`, `db_statistics`).
 """
+import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,15 +22,15 @@ PROTOCOLS = ("all", "davis2016")
 BOUND_TH = 0.008  # how far apart two boundaries may lie and still match, as a share of the frame's diagonal
 TENSOR_CHUNK = 256  # frames scored at once on a device: bounds the temporary memory, about 1 MB a frame at 480p
 
-Array = np.ndarray | torch.Tensor
+Array = TypeVar("Array", np.ndarray, torch.Tensor)  # in and out alike
 
 
 class FrameScores(NamedTuple):
     """Scores of N frames, each float64 [N] (float32 on mps, which has no float64) in 0..1."""
 
-    iou: Array  # the contest's; NaN where prediction and mask are both empty: the contest leaves such frames out
-    J: Array    # the same, but 1 where both are empty
-    F: Array
+    iou: np.ndarray | torch.Tensor  # the contest's; NaN where prediction and mask are both empty: the contest leaves such frames out
+    J: np.ndarray | torch.Tensor    # the same, but 1 where both are empty
+    F: np.ndarray | torch.Tensor
 
 
 def foreground(pixels: Array) -> Array:
@@ -42,7 +43,7 @@ def pack(masks: Array) -> Array:
     if isinstance(masks, np.ndarray):
         return np.packbits(masks, axis=-1)
     masks = pad(masks, (0, -masks.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    return sum(masks[..., i].to(torch.uint8) << (7 - i) for i in range(8))
+    return functools.reduce(torch.add, (masks[..., i].to(torch.uint8) << (7 - i) for i in range(8)))
 
 
 def contest_iou(predictions: Array, masks: Array) -> Array:
@@ -51,7 +52,7 @@ def contest_iou(predictions: Array, masks: Array) -> Array:
     Both are arrays or both tensors, of one shape: packed uint8 [N, H, ceil(W / 8)] or bool [N, H, W].
     """
     _check_alike(predictions, masks)
-    if _on_cpu(predictions):
+    if isinstance(predictions, torch.Tensor) and _on_cpu(predictions):
         return torch.from_numpy(contest_iou(predictions.numpy(), masks.numpy()))
     if isinstance(predictions, torch.Tensor):
         return _iou(_count(predictions & masks), _count(predictions | masks))
@@ -68,7 +69,7 @@ def score_frames(predictions: Array, masks: Array, width: int, bound_th: float =
     for shapes or types that do not fit together.
     """
     _check_alike(predictions, masks)
-    if _on_cpu(predictions):
+    if isinstance(predictions, torch.Tensor) and _on_cpu(predictions):
         return FrameScores(*map(torch.from_numpy, score_frames(predictions.numpy(), masks.numpy(), width, bound_th)))
     is_bool = predictions.dtype in (bool, torch.bool)
     columns = width if is_bool else _units(width, 8)
@@ -108,7 +109,7 @@ def summarize(clips: Sequence[str], iou: np.ndarray, J: np.ndarray, F: np.ndarra
     iou, J, F = (np.asarray(values, dtype=np.float64) for values in (iou, J, F))
     if not len(clips) == len(iou) == len(J) == len(F):
         raise ValueError(f"expected as many scores as frames: {len(clips)} clips, {len(iou)} iou, {len(J)} J, {len(F)} F")
-    frames = {}
+    frames: dict[str, list[int]] = {}
     for index, clip in enumerate(clips):
         frames.setdefault(clip, []).append(index)
     if protocol == "davis2016":

@@ -10,8 +10,8 @@ B batch, C channels, h w feature grid, gh gw the decoder's grid, H W frame.
 import copy
 import functools
 import itertools
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -166,8 +166,9 @@ class FPN(Decoder):
     def __init__(self, shapes: Shapes, size: tuple[int, int]):
         super().__init__(finest(shapes), size)
         grids = [(h, w) for _, h, w in shapes.values()] * (2 if self.cues else 1)  # of the levels, then of their cues
-        self.norms = nn.ModuleList(Standardise(c, self.keep) for c, _, _ in shapes.values())
-        channels = [norm.outputs for norm in self.norms] + [self.cues] * (len(grids) - len(shapes))
+        norms = [Standardise(c, self.keep) for c, _, _ in shapes.values()]
+        self.norms = nn.ModuleList(norms)
+        channels = [norm.outputs for norm in norms] + [self.cues] * (len(grids) - len(shapes))
         stages = sorted(set(grids))  # coarse to fine
         widths = [self.width] * (len(stages) - 1) + [self.fine]
         depths = (*[1] * len(stages), *self.depths)[-len(stages):]
@@ -282,8 +283,9 @@ class Standardise(nn.Module):
 
 
 @torch.no_grad()
-def fit(norms: nn.ModuleList, features: Features, index: torch.Tensor) -> None:
+def fit(modules: nn.ModuleList, features: Features, index: torch.Tensor) -> None:
     """Set one Standardise per level from the frames of `index`, int64 [n]: at most 256, spread evenly."""
+    norms = [module for module in modules if isinstance(module, Standardise)]
     chosen = index[:: -(-len(index) // 256)]
     chosen = chosen[features.group.holds(chosen)]
     totals = [[torch.zeros(shape, device=features.device) for shape in ((), len(norm.mean), (len(norm.mean),) * 2)] for norm in norms]
@@ -339,7 +341,7 @@ def make_decoder(name: str, shapes: Shapes, size: tuple[int, int]) -> Decoder:
     """Return a new decoder, its weights drawn from torch's generator. Raises BadInput for levels it cannot take."""
     if name not in DECODERS:
         raise BadInput(f"decoder {name!r}: unknown; there are {', '.join(DECODERS)}")
-    return DECODERS[name](shapes, size)
+    return cast(Callable[[Shapes, tuple[int, int]], Decoder], DECODERS[name])(shapes, size)
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -360,7 +362,7 @@ def count_flops(decoder: Decoder, shapes: Shapes) -> int:
     """
     total = 0
 
-    def count(layer: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+    def count(layer: nn.Conv2d | nn.Linear, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
         nonlocal total
         total += 2 * output.numel() * layer.weight[0].numel()  # values that go into one output
 

@@ -33,7 +33,7 @@ def parse_args() -> argparse.Namespace:
 
 def check(folder: Path) -> tuple[list[str], list[str]]:
     """Return (files of the submission, relative to `folder`; broken rules, a line each)."""
-    broken = []
+    broken: list[str] = []
     metadata = read_or_note(folder / "metadata.json", broken)
     table = read_or_note(folder / "paths.json", broken)
     paths = check_paths(folder / "paths.json", table, broken) if table is not None else []

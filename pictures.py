@@ -122,7 +122,7 @@ def write_grey(path: Path, pixels: np.ndarray) -> None:
     np.subtract(pixels[1:], pixels[:-1], out=rows[1:, 1:])  # modulo 256, as the filter wants
     packer = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_RLE)
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", packer.compress(rows) + packer.flush()), (b"IEND", b"")]
+    chunks = [(b"IHDR", header), (b"IDAT", packer.compress(rows.tobytes()) + packer.flush()), (b"IEND", b"")]
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks))
 
@@ -161,7 +161,8 @@ def write_gif(path: Path, images: Sequence[np.ndarray], fps: float) -> None:
     palette = choose_palette(pixels[::max(1, len(pixels) // 20_000)], GIF_COLOURS)
     nearest = nearest_colour(palette)
     indices = [nearest[tuple(np.moveaxis(image >> 3, -1, 0))] for image in images]
-    data = iio.imwrite("<bytes>", indices, extension=".gif", plugin="pillow", mode="P", palette=palette.tobytes(), duration=1000 / fps, loop=0)
+    data = iio.imwrite("<bytes>", indices, extension=".gif", plugin="pillow", mode="P", palette=palette.tobytes(),
+                       duration=1000 / fps, loop=0)
     path.write_bytes(data)  # as clips.write_image does, and why
 
 

@@ -197,12 +197,12 @@ def clip_table(scores: dict, clips: dict[str, list[dict]]) -> str:
 
 def sparkline(values: Sequence[float | None]) -> str:
     """Return a small SVG line of `values` in 0..1, one a frame, over a rule at 0.5; broken where a value is missing."""
-    there = [value for value in values if known(value)]
+    there = [value for value in values if value is not None and known(value)]
     if not there:
         return NONE
     runs: list[list[str]] = [[]]
     for index, value in enumerate(values):
-        if known(value):
+        if value is not None and known(value):
             runs[-1].append(f"{index + 0.5:g},{round(30 - 28 * value, 1):g}")
         elif runs[-1]:
             runs.append([])

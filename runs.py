@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from files import BadInput, Stopped, cannot_write, empty, plain, read_json, sole
 from models import Decoder, Recipe
 from resident import Split, gather
 
+Parts = dict[str, Any]  # what has state_dict and load_state_dict: the decoder, its optimiser, schedule and moving average
 TIMES = "times.jsonl"  # beside log.jsonl, which holds nothing that differs between two runs of one command
 
 
@@ -162,7 +164,7 @@ class StopSignal:
             signal.signal(number, handler)
 
 
-def stop_here(out: Path, parts: dict[str, object], state: dict, step: int, stop: StopSignal, group: Group) -> Stopped:
+def stop_here(out: Path, parts: Parts, state: dict, step: int, stop: StopSignal, group: Group) -> Stopped:
     """Save the run's state and return the exception that ends it."""
     if group.main:
         save_state(out, parts, state)
@@ -183,12 +185,12 @@ def open_tracker(account: tracking.Account, config: dict, out: Path, args: argpa
     return tracking.start(account, "train", config, out / "log.jsonl", append=bool(args.resume))
 
 
-def save_state(out: Path, parts: dict[str, object], state: dict) -> None:
+def save_state(out: Path, parts: Parts, state: dict) -> None:
     """Write last.pt, from which a run goes on: the state of the decoder, optimiser and so on, and the counters."""
     checkpoints.save_plain(out / "last.pt", {**{name: part.state_dict() for name, part in parts.items()}, "run": state})
 
 
-def load_state(out: Path, parts: dict[str, object], state: dict, group: Group) -> None:
+def load_state(out: Path, parts: Parts, state: dict, group: Group) -> None:
     """Put `parts` and `state` back as last.pt has them, and drop log lines past it. Without last.pt: from the start."""
     if (out / "last.pt").exists():
         saved = checkpoints.load_plain(out / "last.pt", {*parts, "run"})
@@ -242,7 +244,8 @@ def write_overlay(out: Path, step: int, decoder: Decoder, split: Split, tracker:
     prediction = metrics.foreground(next(models.predict(decoder, split.features, index)).cpu().numpy())
     decoder.train()
     folder, number = split.folder, int(index)
-    mask = np.unpackbits(gather(split.masks, index, torch.device("cpu"), split.features.group)[0].numpy(), axis=1, count=folder.size[1]).astype(bool)
+    packed = gather(split.masks, index, torch.device("cpu"), split.features.group)[0].numpy()
+    mask = np.unpackbits(packed, axis=1, count=folder.size[1]).astype(bool)
     frame = clips.read_image_or_black(folder_frames(folder)[number], folder.size)
     with whole_file(out / "predictions" / f"{step:08d}.png") as temporary:
         clips.write_image(temporary, pictures.overlay(frame, prediction, mask), ".png")

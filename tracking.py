@@ -21,6 +21,7 @@ import math
 import os
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -390,7 +391,7 @@ def log_results(tracker: Tracker, decoder: str, files: dict, metadata: dict) -> 
     tracker.artifact(f"{decoder}-result", "result", files, metadata)
 
 
-def log_scores(tracker: Tracker, decoder: str, split: str, rows: list[tuple], scores: dict) -> None:
+def log_scores(tracker: Tracker, decoder: str, split: str, rows: Iterable[tuple], scores: dict) -> None:
     """Log scores, and `<decoder>-result-submission` with the contest's table `<split>-eval-data`.
 
     rows    (output, target, IoU) a frame; the pictures are PNG paths or arrays [H, W] uint8, 0 to 255; an

@@ -5,8 +5,9 @@
 Images and masks in every form, paths.json, meta.json, arrays, checkpoints and results are damaged at random (the same
 seed, the same damage) and read as the scripts read them; before them come a few crafted by hand. Each must be refused
 (BadInput, or a broken rule of package.py) or read right, in time, in memory, with nothing on standard error, no program
-started and no file opened outside its folder (libtiff's own lines about a damaged TIFF excepted). Prints a count per kind and outcome; what fails is kept in --failures and
-makes the exit status 1. Inputs are read in child processes, so that a crash of one is counted too.
+started and no file opened outside its folder (libtiff's own lines about a damaged TIFF excepted).
+Prints a count per kind and outcome; what fails is kept in --failures and makes the exit status 1. Inputs are read in
+child processes, so that a crash of one is counted too.
 """
 import argparse
 import collections
@@ -169,7 +170,8 @@ def damage_array(rng: np.random.Generator, whole: bytes) -> bytes:
     length, = struct.unpack("<H", whole[8:10])
     header = whole[10:10 + length]
     olds = [b"(", b")", b",", b"'<f2'", b"'<f4'", b"False", b"'shape'", b"'descr'", b" ", b"{", b"}"]
-    news = [b"", b"(" * 3000, b"'O'", b"'V8'", b"'<U99999'", b"True", b"-1,", b"99999999999,", b"1e9", b"L,", b"'>f2'", b"'\\d'", b"None", b"[('a','O')]",
+    news = [b"", b"(" * 3000, b"'O'", b"'V8'", b"'<U99999'", b"True", b"-1,", b"99999999999,", b"1e9", b"L,", b"'>f2'", b"'\\d'", b"None",
+            b"[('a','O')]",
             b"__import__('os').system('x')", b"\xff", b"{}", b"5()", b"1_0", b"'" * 9]
     for _ in range(int(rng.integers(1, 3))):
         header = header.replace(olds[int(rng.integers(len(olds)))], news[int(rng.integers(len(news)))], int(rng.integers(1, 3)))
@@ -308,7 +310,7 @@ def read_results(file: Path) -> None:
     out = folder.parent / "out.zip"
     package.write_zip(folder, names, out, overwrite=True)
     with zipfile.ZipFile(out) as archive:
-        assert all(name in ("paths.json", "metadata.json") or name.startswith("outputs/") and ".." not in name.split("/")
+        assert all(name in ("paths.json", "metadata.json") or (name.startswith("outputs/") and ".." not in name.split("/"))
                    for name in archive.namelist())
 
 
@@ -328,7 +330,8 @@ def make_kinds(root: Path) -> dict[str, Kind]:
     for name, options in {"a.jpg": {}, "progressive.jpg": {"progressive": True}, "exif.jpg": {"exif": Image.Exif()}, "b.png": {},
                           "c.webp": {"lossless": True}, "d.bmp": {}, "e.tif": {}, "lzw.tif": {"compression": "tiff_lzw"}}.items():
         picture.save(images / name, **options)
-    for name, form in {"L": mask, "LA": mask.convert("LA"), "P": mask.convert("P"), "RGB": mask.convert("RGB"), "RGBA": mask.convert("RGBA"),
+    for name, form in {"L": mask, "LA": mask.convert("LA"), "P": mask.convert("P"), "RGB": mask.convert("RGB"),
+                       "RGBA": mask.convert("RGBA"),
                        "1": mask.convert("1"), "16": Image.fromarray(grey.astype(np.uint16)), "01": Image.fromarray(grey // 255)}.items():
         form.save(masks / f"{name}.png")
     picture.save(images / "walk.gif", save_all=True, append_images=[picture.rotate(90 * turn) for turn in range(3)])
@@ -357,7 +360,8 @@ def make_kinds(root: Path) -> dict[str, Kind]:
     runs.save_state(root / "run", parts, state)
     (root / "run/log.jsonl").write_text("")
     (root / "run/args.json").write_text(json.dumps({
-        "args": {"features": "features/x", "steps": 10, "lr": 0.1, "shuffle": False, "decoder": "linear", "no_pictures": True, "out": "runs/x"},
+        "args": {"features": "features/x", "steps": 10, "lr": 0.1, "shuffle": False, "decoder": "linear", "no_pictures": True,
+                 "out": "runs/x"},
         "features": {"features/x": {"features.npy": "00"}}}))
     return {
         "frame": Kind([file for file in images.iterdir() if file.suffix != ".gif"], damage_png, read_frame),
@@ -413,11 +417,13 @@ def crafted(kinds: dict[str, Kind]) -> Iterator[tuple[str, Path, bytes]]:
     flipped[-1] ^= 1
     yield "flipped bit", array, bytes(flipped)
     paths = kinds["contest paths.json"].files[0]
-    for path in ("../images/b.png", "/etc/passwd", "ant/../../images/b.png", "..\\images\\b.png", "C:\\x.png", "\\\\host\\x.png", "ant/\ud800.png",
+    for path in ("../images/b.png", "/etc/passwd", "ant/../../images/b.png", "..\\images\\b.png", "C:\\x.png", "\\\\host\\x.png",
+                 "ant/\ud800.png",
                  "a/" * 3000 + "b.png", "a" * 300 + ".png", "", ".", "a.zip/../x.png", "ant/0.jpg\0.png"):
         yield "contest paths.json", paths, json.dumps({"raw": {"0": path}}).encode()
         yield "results paths.json", kinds["results paths.json"].files[0], json.dumps({"output": {"0": path}}).encode()
-    for text in (b"[" * 10**6, b'{"a":' * 10**6, b"NaN", b"1" * 10**6, b'{"raw": {"0": ' + b"9" * 5000 + b"}}", b"\xff\xfe{", b"", b"null", b'"\\ud800"'):
+    for text in (b"[" * 10**6, b'{"a":' * 10**6, b"NaN", b"1" * 10**6, b'{"raw": {"0": ' + b"9" * 5000 + b"}}", b"\xff\xfe{", b"",
+                 b"null", b'"\\ud800"'):
         for kind in ("contest paths.json", "meta.json", "features paths.json", "metadata.json", "results paths.json", "args.json"):
             yield kind, kinds[kind].files[0], text
 
@@ -437,8 +443,9 @@ class Guard:
 
     def __init__(self, work: Path):
         self.work, self.on, self.seen = str(work), False, []
-        self.mine = (self.work, *{str(Path(prefix).resolve()) for prefix in (sys.prefix, sys.base_prefix, ROOT)}, "/proc/", "/dev/null", "/sys/")
-        self.stderr = tempfile.TemporaryFile(dir=work)
+        installed = {str(Path(prefix).resolve()) for prefix in (sys.prefix, sys.base_prefix, ROOT)}
+        self.mine = (self.work, *installed, "/proc/", "/dev/null", "/sys/")
+        self.stderr = tempfile.TemporaryFile(dir=work)  # noqa: SIM115  for the life of the process
         sys.addaudithook(self.note)
 
     def note(self, event: str, arguments: tuple) -> None:
@@ -513,7 +520,8 @@ def make_input(kinds: dict[str, Kind], seed: int, number: int) -> tuple[str, Pat
     return name, file, kind.damage(rng, file.read_bytes())
 
 
-def read_chunk(inputs: Iterator[tuple[str, str, Path, bytes]], kinds: dict[str, Kind], work: Path, failures: Path) -> Iterator[tuple[str, str, float]]:
+def read_chunk(inputs: Iterator[tuple[str, str, Path, bytes]], kinds: dict[str, Kind], work: Path,
+               failures: Path) -> Iterator[tuple[str, str, float]]:
     """Read (label, kind, file, content) inputs; yield each one's kind, outcome and seconds. Failures are kept."""
     guard = Guard(work)
     os.chdir(work)
@@ -559,7 +567,8 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=10_000, help="damaged inputs, besides the crafted ones (default: 10000)")
     parser.add_argument("--seed", type=int, default=0, help="of the damage (default: 0)")
     parser.add_argument("--only", type=int, default=None, metavar="N", help="read this one input, and show how it ended")
-    parser.add_argument("--failures", type=Path, default=Path("fuzz-failures"), help="where to keep inputs that fail (default: fuzz-failures)")
+    parser.add_argument("--failures", type=Path, default=Path("fuzz-failures"),
+                        help="where to keep inputs that fail (default: fuzz-failures)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     failures = args.failures.resolve()

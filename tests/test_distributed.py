@@ -33,7 +33,8 @@ def features(tmp_path):
     return "--features", tmp_path / "train", "--val-features", tmp_path / "val"
 
 
-@pytest.mark.parametrize("flags", [("--shuffle", "--schedule", "onecycle", "--ema", 0.9, "--batch-size", 5), ("--no-shuffle", "--batch-size", 1)],
+@pytest.mark.parametrize("flags", [("--shuffle", "--schedule", "onecycle", "--ema", 0.9, "--batch-size", 5),
+                                   ("--no-shuffle", "--batch-size", 1)],
                          ids=["shuffled", "in order, one frame a batch"])
 def test_two_processes_have_the_losses_of_one(features, tmp_path, flags):
     """A batch of one frame leaves the other process without any."""
@@ -61,7 +62,7 @@ def test_featurizing_with_two_gives_the_bytes_of_one(tmp_path):
 def test_bad_input_is_said_in_one_line_of_ours(features, tmp_path):
     result = run("train", "--features", tmp_path / "nowhere", "--out", tmp_path / "run")
     ours = [line for line in result.err.splitlines() if "train.py: " in line and "nowhere" in line]
-    assert result.status != 0 and 1 <= len(set(re.sub(r"^\[.*?\]:", "", line) for line in ours)) == 1, result.err
+    assert result.status != 0 and len(ours) == 1, result.err
     assert "/train.py\", line" not in result.err and not (tmp_path / "run").exists()
 
 
@@ -87,8 +88,8 @@ def workers(parent: int) -> list[int]:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_dies_ends_the_job(features, tmp_path, rank):
     run, flags = tmp_path / "run", (*features, "--decoder", "linear", "--threads", 1, "--log-every", 5, "--no-pictures")
-    with subprocess.Popen(torchrun("train", *flags, "--steps", 100_000, "--out", run), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                          env={**os.environ, **QUIET}) as job:
+    with subprocess.Popen(torchrun("train", *flags, "--steps", 100_000, "--out", run), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True, env={**os.environ, **QUIET}) as job:
         deadline = time.monotonic() + 120
         while not (run / "last.pt").exists():
             assert job.poll() is None and time.monotonic() < deadline, job.stderr.read()

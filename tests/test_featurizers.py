@@ -8,6 +8,7 @@ import torchvision
 from torch import nn
 
 import featurizers
+import models
 from featurizers import build_featurizer, parse_level, to_tensor, weights_digest
 from files import BadInput
 

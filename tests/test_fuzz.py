@@ -10,7 +10,8 @@ from files import BadInput
 
 
 def test_damaged_inputs_are_refused_or_read_right(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "tests/fuzz.py"), "--count", "400", "--seed", "12", "--failures", str(tmp_path / "failures")],
+    flags = "--count", "400", "--seed", "12", "--failures", str(tmp_path / "failures")
+    done = subprocess.run([sys.executable, str(ROOT / "tests/fuzz.py"), *flags],
                           capture_output=True, text=True, env={**fuzz.os.environ, **QUIET}, timeout=500)
     assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
     total = next(line.split() for line in done.stdout.splitlines() if line.startswith("all "))

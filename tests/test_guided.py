@@ -42,7 +42,7 @@ def test_a_coarse_mask_snaps_to_the_frames_edge(size):
     logits = torch.logit(share[0, 0], 0.02)
     plain = torch.sigmoid(F.interpolate(logits[None, None], size, mode="bilinear"))[0, 0] > 0.5
     refined = guided.guided_probabilities(logits, frame)
-    assert refined.shape == size and 0 <= refined.min() and refined.max() <= 1
+    assert refined.shape == size and refined.min() >= 0 and refined.max() <= 1
 
     def iou(prediction: torch.Tensor) -> float:
         return float((prediction & mask).sum() / (prediction | mask).sum())

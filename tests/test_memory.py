@@ -89,4 +89,4 @@ def test_deterministic_is_the_same_run_and_args_json_says_what_it_was(tmp_path):
     assert said["features"] == {str(tmp_path / "features"): meta["sha256"]} and said["versions"]["torch"] == torch.__version__
     assert said["args"]["deterministic"] is True and said["recipe"]["steps"] == 12
     assert said["git_revision"] is None or re.fullmatch("[0-9a-f]{40}([+]changes)?", said["git_revision"])
-    assert (tmp_path / "run/model.pt").read_bytes() == (tmp_path / "again/model.pt").read_bytes() == (tmp_path / "plain/model.pt").read_bytes()
+    assert len({(tmp_path / name / "model.pt").read_bytes() for name in ("plain", "run", "again")}) == 1
