@@ -8,6 +8,8 @@ A script's last lines are
 so that bad input ends in one line on standard error and exit status 2, without a traceback.
 """
 import argparse
+import contextlib
+import ctypes
 import os
 import sys
 import time
@@ -65,6 +67,18 @@ def choose_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise BadInput(f"--device {name}: not on this machine ({reason}); pass --device auto or --device cpu") from error
     return device
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep freed memory for the next allocation instead of handing it back to the system.
+
+    PyTorch on the CPU frees and takes large blocks in every layer, each time paying for fresh pages: a tenth of AlexNet's
+    time and a quarter of EfficientNet-Lite0's. Only glibc knows these settings; elsewhere nothing happens.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing is trimmed
 
 
 def progress(items: Iterable, what: str, total: int | None = None) -> Iterator:

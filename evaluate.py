@@ -54,6 +54,8 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--batch-size", type=positive_int, default=16, help="frames at a time (default: 16)")
     group.add_argument("--resident", choices=resident.RESIDENT, default=None,
                        help="where the features are kept (default: on the device, else host memory, else disk: the first that fits)")
+    group.add_argument("--adapt", type=int, default=None, metavar="STEPS",
+                       help="train on each clip's own confident predictions first, 0 for not (default: as the decoder asks)")
     group.add_argument("--refine", choices=["auto", "guided", "none"], default="auto",
                        help="upsample masks along the frames' edges, which needs the frames (default: as the decoder asks)")
     group.add_argument("--no-verify", action="store_true", help="skip the SHA-256 check of the features")
@@ -175,6 +177,15 @@ def choose_guided(asked: str, decoder: models.Decoder, source: Source) -> bool:
     return True
 
 
+def predict_clips(decoder: models.Decoder, features: resident.Features, index: torch.Tensor, names: list[str],
+                  args: argparse.Namespace, images: Iterator[np.ndarray] | None) -> Iterator[np.ndarray]:
+    """Yield the mask of every frame, uint8 [H, W], clip by clip, the decoder adapted to each clip if it wants that."""
+    for _, first, stop in data.clip_ranges(names):
+        part = index[first:stop]
+        tuned = models.adapt(decoder, features, part, args.seed) if decoder.adapt_steps else decoder
+        yield from (pixels.cpu().numpy() for pixels in models.predict(tuned, features, part, args.batch_size, images))
+
+
 # --- what to write -----------------------------------------------------------------------------
 
 
@@ -293,7 +304,8 @@ def main() -> None:
         features = models.look_at_clips(model["decoder"], features, names, source_folder if features_path else None, list(model["shapes"]))
         index = torch.arange(len(source.frames))
         images = clips.read_images(source.frames, threads) if choose_guided(args.refine, decoder, source) else None
-        pixels = (frame.cpu().numpy() for frame in models.predict(decoder, features, index, args.batch_size, images))
+        decoder.adapt_steps = decoder.adapt_steps if args.adapt is None else args.adapt
+        pixels = predict_clips(decoder, features, index, names, args, images)
         decoder_name, files = model["decoder"], None
 
     command = f"python {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}"

@@ -47,6 +47,7 @@ class Decoder(nn.Module):
     """What decoders share: a grid of logits, its loss against soft targets, its masks at frame size."""
 
     recipe = Recipe()
+    adapt_steps = 0  # steps that evaluate.py trains it on each clip's own confident predictions, unless told otherwise
     guided = False  # whether evaluate.py upsamples its logits along the frame's edges unless told otherwise
     cues = 0  # channels that cues.py adds beside each level; 0 for a decoder that sees frames one by one
 
@@ -221,6 +222,7 @@ class Temporal(FPN):
 
     cues = CUES
     lose = 0.25
+    adapt_steps = 25
 
 
 # name -> class(shapes, size); train.py trains it, model.pt remembers it by this name
@@ -376,6 +378,31 @@ def count_flops(decoder: Decoder, shapes: Shapes) -> int:
 
 
 # --- running -----------------------------------------------------------------------------------
+
+
+def adapt(decoder: Decoder, features: Features, index: torch.Tensor, seed: int = 0) -> Decoder:
+    """Return a copy of the decoder trained a little on its own confident predictions for one clip, without labels.
+
+    index: int64 [n], the clip's frames. Cells predicted above 0.8 or below 0.2 are the targets, of `decoder.adapt_steps`
+    steps of 8 frames drawn from `seed`. Hiding cues and features is off, dropping components on.
+    """
+    tuned = copy.deepcopy(decoder)
+    with torch.no_grad():
+        probability = torch.cat([torch.sigmoid(decoder(features.batch(part)).float()) for part in index.split(16)])
+    target, sure = (probability > 0.5).float(), ((probability > 0.8) | (probability < 0.2)).float()
+    optimizer = torch.optim.AdamW(tuned.parameters(), lr=5e-4)
+    tuned.train()
+    tuned.hide = tuned.lose = 0.0
+    for step in range(decoder.adapt_steps):
+        torch.manual_seed(seed + step)
+        chosen = torch.randperm(len(index))[:8]
+        output = tuned(features.batch(index[chosen]))
+        where = chosen.to(output.device)
+        loss = (F.binary_cross_entropy_with_logits(output, target[where], reduction="none") * sure[where]).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    return tuned.eval()
 
 
 @torch.inference_mode()
