@@ -392,7 +392,7 @@ def adapt(decoder: Decoder, features: Features, index: torch.Tensor, seed: int =
     target, sure = (probability > 0.5).float(), ((probability > 0.8) | (probability < 0.2)).float()
     optimizer = torch.optim.AdamW(tuned.parameters(), lr=5e-4)
     tuned.train()
-    tuned.hide = tuned.lose = 0.0
+    vars(tuned).update(hide=0.0, lose=0.0)
     for step in range(decoder.adapt_steps):
         torch.manual_seed(seed + step)
         chosen = torch.randperm(len(index))[:8]
