@@ -69,7 +69,7 @@ def test_short_clips_have_cues_too(frames):
 def test_cues_are_kept_beside_the_features_and_made_anew_when_damaged(tmp_path, monkeypatch):
     write_features(tmp_path / "f", {"cat": 5, "dog": 4})
     folder = open_features(tmp_path / "f")
-    level = list(folder.meta["levels"])[0]
+    level = next(iter(folder.meta["levels"]))
     loaded = resident.load_features(folder, [level], CPU)
     first = cues.with_cues(loaded, folder.meta["clips"], folder, [level]).levels[1]
     assert first.shape == (9, cues.CUES, *folder.meta["levels"][level][1:]) and first.dtype == torch.float16
