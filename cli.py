@@ -90,6 +90,7 @@ def run(main: Callable[[], int | None]) -> int:
     """Call `main` and return the exit status: its own, or 2 with one line on standard error for bad input."""
     debug = "--debug" in sys.argv
     script = os.path.basename(sys.argv[0])
+    keep_freed_memory()
     try:
         return main() or 0
     except (BadInput, OSError, torch.OutOfMemoryError) as error:

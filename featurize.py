@@ -20,7 +20,7 @@ import clips
 import data
 import distributed
 import tracking
-from cli import Parser, add_run_flags, choose_device, keep_freed_memory, positive_int, progress, run
+from cli import Parser, add_run_flags, choose_device, positive_int, progress, run
 from distributed import Group
 from featurizers import FEATURIZERS, Featurizer, build_featurizer, choose_compute, count_flops, run_featurizer, weights_digest
 from files import BadInput, plain, refuse_existing
@@ -128,7 +128,6 @@ def write_features(partial: PartialFolder, frames: list[clips.Frame], featurizer
 def main() -> None:
     args = parse_args()
     account = tracking.from_flags(args)
-    keep_freed_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
     group, device = distributed.join(choose_device(args.device))
