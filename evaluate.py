@@ -92,7 +92,7 @@ class Source(NamedTuple):
     def mask(self, index: int) -> np.ndarray | None:
         """Return the mask of one frame, packed uint8 [H, ceil(W / 8)], at the frame's own size; None without one."""
         if self.masks is not None:
-            return self.masks[torch.tensor([index])][0].numpy()
+            return self.masks.index_select(0, torch.tensor([index]))[0].numpy()
         annotation = self.frames[index].annotation
         return None if annotation is None else np.packbits(clips.read_mask(annotation), axis=1)
 

@@ -110,7 +110,11 @@ class Simple(Decoder):
 
     def forward(self, levels: list[torch.Tensor]) -> torch.Tensor:
         """levels: one [B, C, h, w]. Returns probabilities [B, gh, gw]."""
-        probabilities = torch.sigmoid(self.conv(levels[0]))[:, 0]  # [B, h - 2, w - 2]
+        (batch, channels, height, width), (weight, bias) = levels[0].shape, self.conv.parameters()
+        # self.conv(levels[0]), in a third of the time on the CPU: one matrix product for its 9 taps, then fold sums them
+        taps = weight.flip(2, 3).reshape(channels, 9).T.expand(batch, -1, -1)  # [B, 9, C]
+        logits = F.fold(torch.bmm(taps, levels[0].flatten(2)), (height - 2, width - 2), 3, padding=2)
+        probabilities = torch.sigmoid(logits + bias)[:, 0]  # [B, h - 2, w - 2]
         return self.mix_rows @ probabilities @ self.mix_columns.T
 
     def loss(self, output: torch.Tensor, target: torch.Tensor, area: torch.Tensor) -> torch.Tensor:
@@ -356,25 +360,31 @@ def count_all(decoder: nn.Module, description: dict) -> int:
     return description["featurizer_parameters"] + count_parameters(decoder)
 
 
+class FlopCounter(torch.overrides.TorchFunctionMode):
+    """Counts what convolutions, linear layers and matrix products cost while it is active, a multiply-add as two operations.
+
+    (torch.utils.flop_counter says the same, after a second of imports.)
+    """
+
+    flops = 0
+    products = torch.bmm, torch.mm, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        if func in (F.conv2d, F.linear):
+            self.flops += 2 * output.numel() * args[1][0].numel()  # a weight for each value that goes into one output
+        elif func in self.products:
+            self.flops += 2 * output.numel() * args[0].shape[-1]
+        return output
+
+
 @torch.no_grad()
 def count_flops(decoder: Decoder, shapes: Shapes) -> int:
-    """Return the floating-point operations per frame of the decoder's convolutions and linear layers, a multiply-add as two.
-
-    Runs on meta tensors, which have shapes and no values. (torch.utils.flop_counter says the same, after a second of imports.)
-    """
-    total = 0
-
-    def count(layer: nn.Conv2d | nn.Linear, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
-        nonlocal total
-        total += 2 * output.numel() * layer.weight[0].numel()  # values that go into one output
-
-    sketch = copy.deepcopy(decoder).to("meta").eval()
-    for layer in sketch.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            layer.register_forward_hook(count)
+    """Return the floating-point operations per frame of the decoder's convolutions and matrix products, from one frame of zeros."""
     cues = [(decoder.cues, *shape[1:]) for shape in shapes.values()] if decoder.cues else []
-    sketch([torch.empty(1, *shape, device="meta") for shape in [*shapes.values(), *cues]])
-    return total
+    with FlopCounter() as counter:
+        copy.deepcopy(decoder).cpu().eval()([torch.zeros(1, *shape) for shape in [*shapes.values(), *cues]])
+    return counter.flops
 
 
 # --- running -----------------------------------------------------------------------------------

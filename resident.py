@@ -39,8 +39,8 @@ class DiskRows:
         self.handle = open(file, "rb", buffering=0)  # noqa: SIM115  as long as the rows may be asked for
         self.shape, self.start, self.dtype, self.group = shape, start, dtype, group
 
-    def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
-        """Return rows `index`, int64 [B], counted among this process's share, in host memory."""
+    def index_select(self, dim: int, index: torch.Tensor) -> torch.Tensor:
+        """As Tensor.index_select with dim 0: rows `index`, int64 [B], counted among this process's share, in host memory."""
         rows = torch.empty((len(index), *self.shape[1:]), dtype=self.dtype)
         for row, number in zip(rows, (index * self.group.size + self.group.rank).tolist()):
             view = bytes_of(row)
@@ -124,14 +124,13 @@ class Features(NamedTuple):
 
     def batch(self, index: torch.Tensor) -> list[torch.Tensor]:
         """index: int64 [B], frames that this process holds. Returns a float32 [B, C, h, w] on the device for each level."""
-        return [gather(level, index, self.device, self.group).to(torch.float32, memory_format=torch.channels_last)
-                for level in self.levels]  # channels last: the convolutions after it take two thirds of the time
+        return [gather(level, index, self.device, self.group).float() for level in self.levels]
 
 
 def gather(rows: Rows, index: torch.Tensor, device: torch.device, group: Group = ALONE) -> torch.Tensor:
     """Return the rows of frames `index`, int64 [B] on any device, on `device`."""
     where = rows.device if isinstance(rows, torch.Tensor) else torch.device("cpu")
-    return rows[index.to(where) // group.size].to(device, non_blocking=True)
+    return rows.index_select(0, index.to(where) // group.size).to(device, non_blocking=True)  # half the time of rows[index]
 
 
 def load_features(folder: FeatureFolder, levels: list[str], device: torch.device, resident: str = "device",
@@ -264,13 +263,13 @@ def pool_masks(masks: Rows, index: torch.Tensor, size: tuple[int, int], cells: C
     column_sums = torch.nn.functional.one_hot(columns).float()  # [W, gw]
     area = starts.diff()[:, None].float() * column_sums.sum(0)  # [gh, gw] pixels a cell
     bounds = list(zip(starts[:-1].tolist(), starts[1:].tolist()))
+    few = max(stop - start for start, stop in bounds) < 256  # then a cell's column sums fit a byte: faster
     pooled = torch.empty(len(index), len(bounds), column_sums.shape[1])
-    for first, part in zip(range(0, len(index), 32), index.split(32)):
+    for target, part in zip(pooled.split(8), index.split(8)):  # 8 frames stay in the processor's cache
         bits = np.unpackbits(gather(masks, part, torch.device("cpu"), group).numpy(), axis=2, count=width)  # [n, H, W]
-        few = max(stop - start for start, stop in bounds) < 256  # then a cell's column sums fit a byte: faster
         sums = np.stack([np.add.reduce(bits[:, start:stop], axis=1, dtype=np.uint8 if few else np.uint32)
                          for start, stop in bounds], axis=1)  # [n, gh, W]
-        pooled[first:first + 32] = torch.from_numpy(sums.astype(np.float32)) @ column_sums / area
+        target[:] = torch.from_numpy(sums.astype(np.float32)) @ column_sums / area
     return pooled
 
 

@@ -130,7 +130,7 @@ def train(args: argparse.Namespace, recipe: Recipe, training: resident.Split, va
         print_rules(decoder, description, recipe, frames)
 
     kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-    optimizer = kinds[recipe.optimizer](decoder.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    optimizer = kinds[recipe.optimizer](decoder.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
     schedule = make_schedule(optimizer, recipe)
     average = torch.optim.swa_utils.AveragedModel(
         decoder, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.ema)) if recipe.ema else None
@@ -158,11 +158,13 @@ def train(args: argparse.Namespace, recipe: Recipe, training: resident.Split, va
         decoder.train()
         started, seen = time.perf_counter(), 0
         for step, batch in zip(progress(steps, "train"), batches):
-            torch.manual_seed(args.seed + 1 + step)  # what is random in a step depends on the seed and the step alone
+            torch.default_generator.manual_seed(args.seed + 1 + step)  # what is random in a step depends on these alone
+            if device.type != "cpu":  # (torch.manual_seed seeds every kind of device: half a millisecond)
+                torch.get_device_module(device).manual_seed(args.seed + 1 + step)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 output = forward(batch.levels)  # [B, gh, gw]
                 loss = decoder.loss(output, batch.target, area).sum() / batch.size
-            optimizer.zero_grad(set_to_none=True)
+            decoder.zero_grad()
             loss.backward()
             group.sum_gradients(decoder)
             if recipe.clip_gradient:

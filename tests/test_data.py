@@ -45,7 +45,7 @@ def test_rows_are_the_same_wherever_they_are_kept(folder, place):
     expected = resident.load_features(opened, list(LEVELS), CPU).batch(index)
     found = resident.load_features(opened, list(LEVELS), CPU, place).batch(index)
     assert all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
-    assert torch.equal(resident.load_masks(opened, CPU, place)[index], resident.load_masks(opened, CPU)[index])
+    assert torch.equal(resident.load_masks(opened, CPU, place).index_select(0, index), resident.load_masks(opened, CPU)[index])
 
 
 def test_large_arrays_are_read_in_pieces(folder, monkeypatch):
