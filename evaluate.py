@@ -28,6 +28,7 @@ import checkpoints
 import clips
 import data
 import distributed
+import inference
 import metrics
 import models
 import pictures
@@ -182,8 +183,8 @@ def predict_clips(decoder: models.Decoder, features: resident.Features, index: t
     """Yield the mask of every frame, uint8 [H, W], clip by clip, the decoder adapted to each clip if it wants that."""
     for _, first, stop in data.clip_ranges(names):
         part = index[first:stop]
-        tuned = models.adapt(decoder, features, part, args.seed) if decoder.adapt_steps else decoder
-        yield from (pixels.cpu().numpy() for pixels in models.predict(tuned, features, part, args.batch_size, images))
+        tuned = inference.adapt(decoder, features, part, args.seed) if decoder.adapt_steps else decoder
+        yield from (pixels.cpu().numpy() for pixels in inference.predict(tuned, features, part, args.batch_size, images))
 
 
 # --- what to write -----------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Decoders: small networks that turn feature maps into masks. And running them.
+"""Decoders: small networks that turn feature maps into masks.
 
 To add one, write a class like `Linear` below and name it in DECODERS: train.py, evaluate.py and package.py
 then know it. A decoder predicts on a grid of its own, coarser than the frame. Its targets are the share
@@ -10,10 +10,9 @@ B batch, C channels, h w feature grid, gh gw the decoder's grid, H W frame.
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -21,7 +20,6 @@ from torch import nn
 from cues import CUES, with_cues
 from data import FeatureFolder
 from files import BadInput
-from guided import guided_probabilities
 from resident import Features
 
 Shapes = dict[str, tuple[int, int, int]]  # level: (C, h, w), coarse to fine
@@ -385,49 +383,3 @@ def count_flops(decoder: Decoder, shapes: Shapes) -> int:
     with FlopCounter() as counter:
         copy.deepcopy(decoder).cpu().eval()([torch.zeros(1, *shape) for shape in [*shapes.values(), *cues]])
     return counter.flops
-
-
-# --- running -----------------------------------------------------------------------------------
-
-
-def adapt(decoder: Decoder, features: Features, index: torch.Tensor, seed: int = 0) -> Decoder:
-    """Return a copy of the decoder trained a little on its own confident predictions for one clip, without labels.
-
-    index: int64 [n], the clip's frames. Cells predicted above 0.8 or below 0.2 are the targets, of `decoder.adapt_steps`
-    steps of 8 frames drawn from `seed`. Hiding cues and features is off, dropping components on.
-    """
-    tuned = copy.deepcopy(decoder)
-    with torch.no_grad():
-        probability = torch.cat([torch.sigmoid(decoder(features.batch(part)).float()) for part in index.split(16)])
-    target, sure = (probability > 0.5).float(), ((probability > 0.8) | (probability < 0.2)).float()
-    optimizer = torch.optim.AdamW(tuned.parameters(), lr=5e-4)
-    tuned.train()
-    vars(tuned).update(hide=0.0, lose=0.0)
-    for step in range(decoder.adapt_steps):
-        torch.manual_seed(seed + step)
-        chosen = torch.randperm(len(index))[:8]
-        output = tuned(features.batch(index[chosen]))
-        where = chosen.to(output.device)
-        loss = (F.binary_cross_entropy_with_logits(output, target[where], reduction="none") * sure[where]).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-    return tuned.eval()
-
-
-@torch.inference_mode()
-def predict(decoder: Decoder, features: Features, index: torch.Tensor, batch: int = 32,
-            images: Iterator[np.ndarray] | None = None) -> Iterator[torch.Tensor]:
-    """Yield masks for the frames of `index`, int64 [n], in order: each uint8 [H, W], floor(255 * probability).
-
-    images: the frames themselves, uint8 [H, W, 3] each, in that order; the decoder's logits are then upsampled
-    along their edges, to their size (see guided.py). Without, they are upsampled plainly to the decoder's own.
-    """
-    for part in index.split(batch):
-        output = decoder(features.batch(part)).float()
-        if images is None:
-            yield from decoder.pixels(output)
-            continue
-        for logits in output:
-            frame = torch.from_numpy(next(images)).to(features.device).permute(2, 0, 1)
-            yield (guided_probabilities(logits, frame) * 255).to(torch.uint8)

@@ -18,8 +18,8 @@ import torch
 
 import checkpoints
 import clips
+import inference
 import metrics
-import models
 import pictures
 import tracking
 from cli import Parser
@@ -241,7 +241,7 @@ def write_overlay(out: Path, step: int, decoder: Decoder, split: Split, tracker:
     """Write predictions/<step>.png: the middle frame of a split with prediction and truth; black where the frame is gone."""
     index = split.own()[len(split.own()) // 2:][:1]
     decoder.eval()
-    prediction = metrics.foreground(next(models.predict(decoder, split.features, index)).cpu().numpy())
+    prediction = metrics.foreground(next(inference.predict(decoder, split.features, index)).cpu().numpy())
     decoder.train()
     folder, number = split.folder, int(index)
     packed = gather(split.masks, index, torch.device("cpu"), split.features.group)[0].numpy()

@@ -21,6 +21,7 @@ import artifacts
 import checkpoints
 import data
 import distributed
+import inference
 import metrics
 import models
 import pictures
@@ -104,7 +105,7 @@ def validate(decoder: Decoder, split: resident.Split) -> float:
     decoder.eval()
     group, device, own = split.features.group, split.features.device, split.own()
     total, count = torch.zeros(2, device=device).unbind()
-    predictions = models.predict(decoder, split.features, own)
+    predictions = inference.predict(decoder, split.features, own)
     for index in own.split(32):
         pixels = torch.stack(list(itertools.islice(predictions, len(index))))
         masks = resident.gather(split.masks, index, device, group)

@@ -5,6 +5,7 @@ import torch
 from helpers import write_features
 
 import cues
+import inference
 import models
 import resident
 from data import open_features
@@ -94,7 +95,7 @@ def test_adapting_changes_a_copy_and_repeats_itself(tmp_path):
     with torch.no_grad():
         decoder.output.weight.mul_(40)  # sure of itself somewhere
     before = {key: value.clone() for key, value in decoder.state_dict().items()}
-    tuned, again = (models.adapt(decoder, loaded, torch.arange(9)).state_dict() for _ in range(2))
+    tuned, again = (inference.adapt(decoder, loaded, torch.arange(9)).state_dict() for _ in range(2))
     assert all(torch.equal(value, before[key]) for key, value in decoder.state_dict().items())
     assert all(torch.equal(value, again[key]) for key, value in tuned.items())
     assert any(not torch.equal(value, before[key]) for key, value in tuned.items())

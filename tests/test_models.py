@@ -8,6 +8,7 @@ from test_featurizers import Harmful
 
 import checkpoints
 import data
+import inference
 import models
 import resident
 from data import open_features
@@ -142,7 +143,7 @@ def test_predictions_are_255_times_the_probability_rounded_down(tmp_path, name):
     loaded = resident.load_features(open_features(tmp_path / "f"), ["s32"], CPU)
     decoder = make_decoder(name, {"s32": SHAPE}, SIZE).eval()
     index = torch.tensor([6, 0, 3, 3, 1])
-    pixels = torch.stack(list(models.predict(decoder, loaded, index, batch=2)))
+    pixels = torch.stack(list(inference.predict(decoder, loaded, index, batch=2)))
     probabilities = decoder.probabilities(decoder([torch.from_numpy(features["s32"][index.numpy()])]))
     assert pixels.shape == (5, *SIZE) and pixels.dtype == torch.uint8
     exact = 255 * probabilities.double()
