@@ -160,11 +160,16 @@ def read_predictions(folder: Path, frames: list[clips.Frame]) -> list[Path]:
 
 
 def read_prediction(file: Path, size: tuple[int, int]) -> np.ndarray:
-    """Decode a prediction to uint8 [H, W], whatever mode it has. Raises BadInput when that is not `size` = (H, W)."""
-    pixels = clips.decode(file, "L")
+    """Decode a prediction to uint8 [H, W] as `read_grey` does. Raises BadInput when that is not `size` = (H, W)."""
+    pixels = read_grey(file)
     if pixels.shape != size:
         raise BadInput(f"{file}: is {pixels.shape[1]} x {pixels.shape[0]}, its frame {size[1]} x {size[0]}; expected the same size")
     return pixels
+
+
+def read_grey(file: Path) -> np.ndarray:
+    """Decode a mask to uint8 [H, W]: 255 where an indexed one, as DAVIS's tools write them, is not 0; any other as grey."""
+    return clips.read_mask(file) * np.uint8(255) if clips.is_indexed(file) else clips.decode(file, "L")
 
 
 def choose_guided(asked: str, decoder: models.Decoder, source: Source) -> bool:
@@ -233,7 +238,7 @@ def write_pictures(out: Path, source: Source, files: list[Path], rows: list[dict
 
     def draw(first: int, stop: int) -> Iterator[np.ndarray]:
         for index, image in zip(range(first, stop), clips.read_images(source.frames[first:stop])):
-            prediction = metrics.foreground(clips.decode(files[index], "L"))
+            prediction = metrics.foreground(read_grey(files[index]))
             mask = source.mask(index)
             if mask is not None:
                 mask = np.unpackbits(mask, axis=1, count=prediction.shape[1]).astype(bool)

@@ -24,6 +24,7 @@ from helpers import (
     write_features,
     write_frames,
 )
+from PIL import Image
 from test_featurizers import Harmful
 
 TRAIN = ("--threads", 1, "--no-pictures", "--steps", 30, "--lr", 0.05)
@@ -196,8 +197,8 @@ def test_frames_that_moved_are_found_with_data(real, tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["by clip", "flat", "results folder"])
-@pytest.mark.parametrize("colour", [False, True])
-def test_predictions_are_scored_wherever_they_come_from(real, tmp_path, layout, colour):
+@pytest.mark.parametrize("kind", ["grey", "colour", "indexed"])
+def test_predictions_are_scored_wherever_they_come_from(real, tmp_path, layout, kind):
     pairs, masks, pixels = listed(real / "davis", "val"), [], []
     for number, (_, mask) in enumerate(pairs):
         masks.append(iio.imread(mask) > 127)
@@ -205,7 +206,12 @@ def test_predictions_are_scored_wherever_they_come_from(real, tmp_path, layout, 
         names = {"by clip": f"{mask.parent.name}/{mask.name}", "flat": f"{number}.png", "results folder": f"outputs/{number:05d}.png"}
         file = tmp_path / "theirs" / names[layout]
         file.parent.mkdir(parents=True, exist_ok=True)
-        iio.imwrite(file, np.repeat(pixels[-1][..., None], 3, axis=2) if colour else pixels[-1])
+        if kind == "indexed":  # DAVIS 2017's palette, whose first colour is less than 128 once grey
+            image = Image.fromarray((pixels[-1] > 127).astype(np.uint8), "P")
+            image.putpalette([0, 0, 0, 128, 0, 0])
+            image.save(file)
+        else:
+            iio.imwrite(file, np.repeat(pixels[-1][..., None], 3, axis=2) if kind == "colour" else pixels[-1])
     ok(call("evaluate", "--predictions", tmp_path / "theirs", "--data", real / "davis", "--split", "val", "--out", tmp_path / "r",
             "--threads", 1, "--video", "none"))
     assert read(tmp_path / "r", "scores.json")["mean_iou"] == pytest.approx(mean_iou(pixels, masks)[0], abs=1e-12)
