@@ -36,7 +36,7 @@ class WandbServer:
     def __init__(self):
         self.key, self.failing = KEY, {}
         self.runs, self.artifacts, self.files = {}, {}, {}
-        self.sweep, self.planned = None, []
+        self.sweep, self.planned, self.handed = None, [], None
         self.operations, self.unknown, self.keys = [], [], {"graphql": set(), "files": set(), "storage": set()}
         self.lock = threading.Lock()
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"server_state": self}))
@@ -244,11 +244,13 @@ class WandbServer:
         return {"createAgent": {"agent": {"id": "agent0"}}}
 
     def do_Heartbeat(self, _):
-        commands = [{"type": "exit"}]
+        running = self.handed and self.runs.get(self.handed, {}).get("exit") is None
+        commands = [] if running else [{"type": "exit"}]  # which kills a run that has not ended
         if self.planned:
             values = {name: {"value": value} for name, value in self.planned.pop(0).items()}
             program = re.search(r"^program: (\S+)", self.sweep["config"], re.MULTILINE).group(1)
-            commands = [{"type": "run", "run_id": f"planned{len(self.planned)}", "program": program, "args": values}]
+            self.handed = f"planned{len(self.planned)}"
+            commands = [{"type": "run", "run_id": self.handed, "program": program, "args": values}]
         return {"agentHeartbeat": {"agent": {"id": "agent0"}, "commands": json.dumps(commands)}}
 
     def file_stream(self, run_id, body):
