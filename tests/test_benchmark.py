@@ -8,6 +8,7 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 import pytest
+from helpers import call, ok
 
 import benchmark
 import benchmark_peer
@@ -58,9 +59,9 @@ def test_scores_prints_json_last_and_writes_how_it_was_measured(tmp_path):
 
 
 def test_scores_measures_masks_from_disk(tmp_path, davis):
-    done = run("scores", "--data", davis[0], "--predictions", davis[1], "--repeats", 1, "--out", tmp_path / "out", "--name", "disk")
-    assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout.splitlines()[-1])
+    done = ok(call("benchmark", "scores", "--data", davis[0], "--predictions", davis[1], "--repeats", 1, "--out", tmp_path / "out",
+                   "--name", "disk"))
+    results = json.loads(done.out.splitlines()[-1])
     assert (results["frames"], results["height"], results["width"]) == (3, 20, 30)
     assert [path.name.endswith("-disk.json") for path in (tmp_path / "out").iterdir()] == [True]
 

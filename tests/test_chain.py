@@ -42,7 +42,7 @@ def test_from_clips_to_a_submission(tmp_path):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_names_every_flag_of_the_script(name):
-    result = ok(script(name, "--help"))
+    result = ok(call(name, "--help"))
     assert result.err == "" and f"python {name}.py" in result.out  # a command to start from
     flags = set()
     for file in (f"{name}.py", "cli.py", "tracking.py")[:1 if name == "sample" else 3]:  # sample.py has none of the shared ones

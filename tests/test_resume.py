@@ -2,14 +2,13 @@
 import os
 import random
 import signal
-import subprocess
 import time
 from pathlib import Path
 from unittest import mock
 
 import pytest
-from forking import Result, end, start
-from helpers import QUIET, call, command, ok, script, tree, write_davis, write_features
+from forking import Result, Running, end, start
+from helpers import call, ok, script, tree, write_davis, write_features
 
 import runs
 
@@ -36,31 +35,32 @@ def same_run(run: Path, other: Path) -> None:
     assert {path.name for path in run.iterdir()} == {path.name for path in other.iterdir()}
 
 
-def kill_when(process: subprocess.Popen, reached, moment: float) -> int:
-    """SIGKILL a process `moment` seconds after `reached()`; return its status, its own if it ended before."""
-    while process.poll() is None and not reached():
+def kill_when(running: Running, reached, moment: float) -> Result:
+    """SIGKILL a fork `moment` seconds after `reached()`; return how it ended, by itself if that was before."""
+    while not reached() and os.waitid(os.P_PID, running.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         time.sleep(0.001)
     time.sleep(moment)
-    process.kill()
-    return process.wait()
+    os.kill(running.pid, signal.SIGKILL)
+    return end(running)
 
 
 def test_ten_kills_at_random_moments_change_nothing(features, tmp_path):
-    """Moments are tied to progress, so that a slow machine is killed as far into its work as a fast one."""
+    """Moments are tied to progress, so that a slow machine is killed as far into its work as a fast one.
+
+    The run that is never stopped, and the one that ends the killed one, are processes of their own; the killed ones are forks.
+    """
     flags = (*features, *FLAGS, "--steps", 400, "--log-every", 3)
     ok(script("train", *flags, "--out", tmp_path / "whole"))
     total = lines(tmp_path / "whole/log.jsonl")
     rng, run, reached = random.Random(7), tmp_path / "run", []
     for kill in range(KILLS):
         begun = (run / "args.json").exists()
-        argv = command("train", "--resume", run) if begun else command("train", *flags, "--out", run, "--overwrite")
-        process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, **QUIET})
+        running = start("train", *(("--resume", run) if begun else (*flags, "--out", run, "--overwrite")))
         wanted = lines(run / "log.jsonl") + rng.randrange(total // KILLS)  # none new: while it starts
         if kill < 5:
             wanted = max(wanted, 1)
-        status = kill_when(process, lambda wanted=wanted: lines(run / "log.jsonl") >= wanted, rng.uniform(0, 0.03))
-        assert status == -signal.SIGKILL, process.stderr.read()
-        process.stderr.close()
+        result = kill_when(running, lambda wanted=wanted: lines(run / "log.jsonl") >= wanted, rng.uniform(0, 0.03))
+        assert result.status == -signal.SIGKILL, result
         reached.append(lines(run / "log.jsonl"))
     assert reached[-1] < total and len(set(reached)) >= KILLS // 2, reached  # killed on its way, at many places
     ok(script("train", "--resume", run))
@@ -129,11 +129,7 @@ def test_featurizing_killed_at_random_moments_gives_the_same_bytes(tmp_path):
     for _ in range(5):
         running = start("featurize", *flags, "--out", tmp_path / "f")
         wanted = lines(progress) + rng.randrange(1, 4)
-        while lines(progress) < wanted and os.waitid(os.P_PID, running.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.01))
-        os.kill(running.pid, signal.SIGKILL)
-        kills += end(running).status == -signal.SIGKILL
+        kills += kill_when(running, lambda wanted=wanted: lines(progress) >= wanted, rng.uniform(0, 0.01)).status == -signal.SIGKILL
         assert not (tmp_path / "f").exists()
     assert kills == 5 and 5 <= lines(progress) < 24
     assert "going on from an earlier run" in ok(call("featurize", *flags, "--out", tmp_path / "f")).out

@@ -1,10 +1,8 @@
 """The synthetic clips: what they hold, that they are the same every time, and the layout on disk."""
-import subprocess
-import sys
-
 import imageio.v3 as iio
 import numpy as np
 import pytest
+from helpers import call, ok, refuses
 
 import sample
 from files import BadInput
@@ -52,16 +50,15 @@ def test_short_clips(frames):
 
 def test_command_writes_a_davis_root(tmp_path):
     out = tmp_path / "sample"
-    command = [sys.executable, "sample.py", "--out", str(out), "--clips", "2", "--val-clips", "1", "--frames", "3", "--size", "40x53"]
-    assert subprocess.run(command, capture_output=True).returncode == 0
+    flags = ("--out", out, "--clips", 2, "--val-clips", 1, "--frames", 3, "--size", "40x53")
+    ok(call("sample", *flags))
     lists = {split: (out / "ImageSets" / "480p" / f"{split}.txt").read_text().splitlines() for split in ("train", "val")}
     assert [len(lines) for lines in lists.values()] == [6, 3]
     for line in lists["train"] + lists["val"]:
         image, mask = (iio.imread(out / path[1:]) for path in line.split())
         assert image.shape == (40, 53, 3) and mask.shape == (40, 53) and mask.dtype == np.uint8
         assert set(np.unique(mask)) <= {0, 255}
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 2 and "--overwrite" in again.stderr and again.stderr.count("\n") == 1
+    refuses("sample", *flags, names=["--overwrite"], untouched=out)
 
 
 def test_written_clip_is_the_one_made(tmp_path):

@@ -1,18 +1,18 @@
 """train.py through its command line: the notebook's losses, the same run twice, after a stop, and with clips held out."""
 import json
 import math
+import os
 import shutil
 import signal
-import subprocess
 import time
 
 import numpy as np
 import pytest
 import torch
+from forking import end, start
 from helpers import (
     call,
     change_json,
-    command,
     cut,
     log_of,
     mean_iou,
@@ -165,27 +165,37 @@ def test_args_repeats_a_run_elsewhere(features, tmp_path):
 # --- going on after a stop ---------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def never_stopped(tmp_path_factory):
+    """The flags of a run of 24 rows of log, and the run."""
+    root = tmp_path_factory.mktemp("whole")
+    write_features(root / "features", CLIPS)
+    flags = ("--features", root / "features", *FLAGS, "--decoder", "linear", "--steps", 600, "--batch-size", 4, "--log-every", 25,
+             "--ema", 0.9, "--holdout", 0.4, "--schedule", "onecycle", "--lr", 0.01)
+    ok(call("train", *flags, "--out", root / "run"))
+    return flags, root / "run"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(features, tmp_path, number):
-    flags = ["--features", features, *FLAGS, "--decoder", "linear", "--steps", 1500, "--batch-size", 4, "--log-every", 25, "--ema", 0.9,
-             "--holdout", 0.4, "--schedule", "onecycle", "--lr", 0.01]
-    ok(call("train", *flags, "--out", tmp_path / "whole"))
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(never_stopped, tmp_path, number):
+    flags, whole = never_stopped
     run = tmp_path / "run"
-    process = subprocess.Popen(command("train", *flags, "--out", run), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    while process.poll() is None and not ((run / "last.pt").exists() and len(log_of(run)) >= 5):
+    running = start("train", *flags, "--out", run)
+    while not ((run / "last.pt").exists() and len(log_of(run)) >= 5):
+        assert os.waitid(os.P_PID, running.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None, end(running)
         time.sleep(0.01)
-    process.send_signal(signal.SIGSTOP)
+    os.kill(running.pid, signal.SIGSTOP)
     for again in (("--resume", run), (*flags, "--out", run, "--overwrite")):  # a run folder is one job's
         refuses("train", *again, names=[run, "another process"], untouched=run)
-    process.send_signal(number)
-    process.send_signal(signal.SIGCONT)
-    _, err = process.communicate()
-    assert process.returncode == (128 + number if number == signal.SIGTERM else -number), err
+    os.kill(running.pid, number)
+    os.kill(running.pid, signal.SIGCONT)
+    status, _, err = end(running)
+    assert status == (128 + number if number == signal.SIGTERM else -number), err
     if number == signal.SIGTERM:
         assert "train.py: stopped" in err and f"python train.py --resume {run}" in err and err.count("\n") == 1
-    assert len(log_of(run)) < 60
+    assert len(log_of(run)) < 24
     ok(call("train", "--resume", run))
-    assert_same(run, tmp_path / "whole")
+    assert_same(run, whole)
 
 
 def test_resuming_a_finished_run_changes_nothing(features, tmp_path):
