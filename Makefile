@@ -1,6 +1,7 @@
 # `make demo` runs the whole job on synthetic clips; `make test` checks everything. Both set themselves up in .venv.
 PYTHON ?= python3
 RUN := .venv/bin/python
+PYTEST := $(RUN) -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
 .PHONY: demo test lint clean
 
@@ -17,7 +18,7 @@ demo: .venv/installed
 	@echo "submission: demo/submission.zip"
 
 test: .venv/installed-dev lint
-	$(RUN) -m pytest
+	$(PYTEST)
 
 lint: .venv/installed-dev
 	.venv/bin/ruff check .

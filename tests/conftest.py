@@ -1,4 +1,9 @@
-"""Fixtures of the tests that run the Weights & Biases client."""
+"""How many threads a process of the tests takes, and fixtures of the tests that run the Weights & Biases client."""
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several run side by side: one thread each, before PyTorch is imported and reads it
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import wandb_world
 

@@ -5,6 +5,7 @@ so that it is done once: the features are kept in the user's cache folder by the
 featurizes some of the frames again, to hold the kept ones to the code as it is now.
 """
 import csv
+import fcntl
 import hashlib
 import json
 import os
@@ -36,10 +37,14 @@ def features() -> dict[str, Path]:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "video-masks-from-features-tests"
     digest = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()[:16]
     folders = {split: cache / f"alexnet-float32-{digest}-{split}" for split in ("train", "val")}
-    for split, folder in folders.items():
-        if not folder.is_dir():
-            ok(script("featurize", "--data", DAVIS, "--split", split, "--featurizer", "alexnet", "--weights", WEIGHTS, "--dtype", "float32",
-                      "--compute", "float32", "--out", folder, "--device", "cpu", "--threads", os.cpu_count() or 2, timeout=900))
+    cache.mkdir(parents=True, exist_ok=True)
+    with open(cache / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes of tests one makes them, and the others wait
+        for split, folder in folders.items():
+            if not folder.is_dir():
+                ok(script("featurize", "--data", DAVIS, "--split", split, "--featurizer", "alexnet", "--weights", WEIGHTS,
+                          "--dtype", "float32", "--compute", "float32", "--out", folder, "--device", "cpu",
+                          "--threads", os.cpu_count() or 2, timeout=900))
     return folders
 
 
