@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 PYTEST := $(RUN) -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test lint clean
+.PHONY: demo test coverage lint clean
 
 demo: .venv/installed
 	$(RUN) sample.py --out demo/data --overwrite
@@ -19,6 +19,9 @@ demo: .venv/installed
 
 test: .venv/installed-dev lint
 	$(PYTEST)
+
+coverage: .venv/installed-dev
+	$(PYTEST) --cov
 
 lint: .venv/installed-dev
 	.venv/bin/ruff check .
