@@ -57,6 +57,8 @@ def parse_args() -> argparse.Namespace:
                        help="where the features are kept (default: on the device, else host memory, else disk: the first that fits)")
     group.add_argument("--adapt", type=int, default=None, metavar="STEPS",
                        help="train on each clip's own confident predictions first, 0 for not (default: as the decoder asks)")
+    group.add_argument("--views", type=int, choices=[1, 2], default=None,
+                       help="average the logits of a frame and its mirror image, or not, for fpn and temporal (default: 2)")
     group.add_argument("--refine", choices=["auto", "guided", "none"], default="auto",
                        help="upsample masks along the frames' edges, which needs the frames (default: as the decoder asks)")
     group.add_argument("--no-verify", action="store_true", help="skip the SHA-256 check of the features")
@@ -288,6 +290,7 @@ def main() -> None:
         decoder_name = name.removesuffix("-result")
     else:
         decoder, model = checkpoints.load_model(model_path)
+        decoder.views = min(decoder.views, args.views or 2)  # a decoder of one view has no other
         out = args.out or Path("results") / default_name(used[0], model_path, model["decoder"])
         refuse_existing(out, args.overwrite)
         if features_path:

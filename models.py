@@ -46,6 +46,7 @@ class Decoder(nn.Module):
 
     recipe = Recipe()
     adapt_steps = 0  # steps that evaluate.py trains it on each clip's own confident predictions, unless told otherwise
+    views = 1  # views of a frame whose logits are averaged when predicting: 2 for the frame and its mirror image
     guided = False  # whether evaluate.py upsamples its logits along the frame's edges unless told otherwise
     cues = 0  # channels that cues.py adds beside each level; 0 for a decoder that sees frames one by one
 
@@ -160,6 +161,7 @@ class FPN(Decoder):
 
     recipe = Recipe(steps=500, batch=10, lr=3e-3, optimizer="adamw", weight_decay=1e-2, schedule="onecycle", shuffle=True,
                     balanced=True, clip_gradient=1.0)
+    views = 2
     guided = True
     keep = 32  # principal components of each level
     drop = 0.3  # share of a level's components set to 0 in training
@@ -198,9 +200,9 @@ class FPN(Decoder):
             seen = (torch.rand(len(levels[0]), self.cues, 1, 1, device=levels[0].device) >= self.hide).float()
             cues = [cue * seen for cue in cues]
         levels = own + cues
-        if not self.training:
+        if not self.training and self.views == 2:
             return (self.pyramid(levels) + mirror(self.pyramid([mirror(level) for level in levels]))) / 2
-        if torch.rand(()) < 0.5:  # drawn on the host: no waiting
+        if self.training and torch.rand(()) < 0.5:  # drawn on the host: no waiting
             return mirror(self.pyramid([mirror(level) for level in levels]))
         return self.pyramid(levels)
 

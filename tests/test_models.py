@@ -261,3 +261,12 @@ def test_folders_to_train_on_together_must_agree(saved, tmp_path):
     with pytest.raises(BadInput, match="weights digest"):
         checkpoints.check_same_features(folders, ["s32"])
     checkpoints.check_same_features(folders[:1] * 2, ["s32"])
+
+
+def test_a_frame_and_its_mirror_image_are_averaged_unless_one_view_is_asked_for():
+    torch.manual_seed(0)
+    levels = [torch.randn(2, 12, 7, 9), torch.randn(2, 20, 4, 5)]
+    decoder = make_decoder("fpn", {"s16": (12, 7, 9), "s32": (20, 4, 5)}, SIZE).eval()
+    both, decoder.views = decoder(levels), 1
+    one, other = decoder(levels), models.mirror(decoder([models.mirror(level) for level in levels]))
+    assert torch.allclose(both, (one + other) / 2, atol=1e-6) and not torch.allclose(both, one, atol=1e-3)
