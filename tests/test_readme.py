@@ -101,9 +101,11 @@ def test_every_command_is_one_its_script_takes(tmp_path):
 
 
 def test_every_flag_is_one_of_some_script():
-    there = set(re.findall(r'"(--[a-z-]+)"', "".join(file.read_text(encoding="utf-8") for file in ROOT.glob("*.py"))))
+    scripts = "".join(file.read_text(encoding="utf-8") for file in ROOT.glob("*.py"))
+    there = set(re.findall(r'"(--[a-z-]+)"', scripts))
     ours = "\n".join(line for line in README.splitlines() if "wandb agent" not in line and "torchrun" not in line)
-    assert set(re.findall(r"(?<!-)--[a-z][a-z-]*\w", ours)) <= {*there, "--help"}
+    opposites = re.findall(r'"--([a-z-]+)",[^)]*BooleanOptionalAction', scripts)
+    assert set(re.findall(r"(?<!-)--[a-z][a-z-]*\w", ours)) <= {*there, *(f"--no-{name}" for name in opposites), "--help"}
 
 
 def test_every_file_is_there_and_has_a_line():
