@@ -156,7 +156,7 @@ class FPN(Decoder):
 
     Frames are mirrored at random in training, and both ways are averaged afterwards. Lin et al., "Feature Pyramid Networks
     for Object Detection", CVPR 2017, for the sum; Yu and Koltun, "Multi-Scale Context Aggregation by Dilated Convolutions",
-    ICLR 2016, for the blocks that see 30 cells around.
+    ICLR 2016, for the blocks that see 15 cells each way.
     """
 
     recipe = Recipe(steps=500, batch=10, lr=3e-3, optimizer="adamw", weight_decay=1e-2, schedule="onecycle", shuffle=True,
