@@ -37,15 +37,20 @@ class Featurizer(nn.Module):
 
     def forward(self, frames: torch.Tensor) -> list[torch.Tensor]:
         """frames: uint8 [B, 3, H, W], RGB. Returns a float32 [B, C, h, w] for each of `levels`."""
-        mean, std = (torch.tensor(values, device=frames.device)[:, None, None] for values in (self.mean, self.std))
-        frames = frames.float().div_(255).sub_(mean).div_(std).to(self.compute, memory_format=torch.channels_last)
+        frames = self.normalise(frames)
         maps: dict[str, torch.Tensor] = {}
         for scale in self.scales:
             scaled = frames if scale == 1 else nn.functional.interpolate(
-                frames, scale_factor=scale, mode="bilinear", antialias=True)
+                frames, scale_factor=scale, mode="bilinear", antialias=True)  # in float32: the CPU has no other
+            scaled = scaled.to(self.compute, memory_format=torch.channels_last)
             maps |= {level_name(stride, scale): value for stride, value in self.network(scaled).items()}
         return [maps[level].float() for level in self.levels]
 
+    def normalise(self, frames: torch.Tensor) -> torch.Tensor:
+        """uint8 [B, 3, H, W] to float32 of the same shape, channels last in memory: (frames / 255 - mean) / std."""
+        rows = frames.permute(0, 2, 3, 1).contiguous().float().flatten(2)  # [B, H, 3 W]: broadcasting 3 numbers at a time is slow
+        mean, std = (torch.tensor(values, device=frames.device).repeat(frames.shape[3]) for values in (self.mean, self.std))
+        return rows.div_(255).sub_(mean).div_(std).unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
 
     def shapes(self, size: tuple[int, int]) -> dict[str, list[int]]:
         """Return {level: [C, h, w]} for frames of `size` = (H, W), without computing. Raises BadInput for too small ones."""
@@ -286,10 +291,14 @@ def run_featurizer(featurizer: Featurizer, images: list[np.ndarray], size: tuple
 
 
 def to_tensor(images: list[np.ndarray], size: tuple[int, int], device: torch.device) -> torch.Tensor:
-    """Stack frames uint8 [H, W, 3] into uint8 [B, 3, H, W] on `device`, resized (bilinear) to `size` where they differ."""
-    def resize(frame: torch.Tensor) -> torch.Tensor:
-        if frame.shape[1:] == size:
+    """Stack frames uint8 [H, W, 3] into uint8 [B, 3, H, W], channels last in memory as they come, on `device`.
+
+    Frames of another size than `size` = (H, W) are resized to it (bilinear).
+    """
+    def resize(image: np.ndarray) -> torch.Tensor:
+        frame = torch.from_numpy(image)
+        if image.shape[:2] == size:
             return frame
-        frame = nn.functional.interpolate(frame[None].float(), size, mode="bilinear", antialias=True)[0]
-        return frame.round_().clamp_(0, 255).to(torch.uint8)
-    return torch.stack([resize(torch.from_numpy(image).permute(2, 0, 1)) for image in images]).to(device)
+        frame = nn.functional.interpolate(frame.permute(2, 0, 1)[None].float(), size, mode="bilinear", antialias=True)[0]
+        return frame.round_().clamp_(0, 255).to(torch.uint8).permute(1, 2, 0)
+    return torch.stack([resize(image) for image in images]).to(device).permute(0, 3, 1, 2)
