@@ -21,6 +21,7 @@ import resident
 from cli import choose_device
 from files import BadInput, sha256, write_json
 from measure import row, run_script, spread
+from optimizer import Adam
 
 LEVEL = "s32"
 CHUNK = 500  # frames made and written at a time
@@ -186,16 +187,16 @@ def time_steps(decoder: models.Decoder, features: resident.Features, targets: to
                device: torch.device) -> list[float]:
     """Return the seconds of `steps` training steps, `repeats` times, after as many to warm up: train.py's step, without its log."""
     area = torch.full(targets.shape[1:], 1 / targets[0].numel(), device=device)
-    optimizer = torch.optim.Adam(decoder.parameters(), lr=decoder.recipe.lr)
+    optimizer = Adam(decoder.parameters())
     orders = torch.randint(len(targets), (args.steps, decoder.recipe.batch), device=device)
 
     def steps() -> None:
         for order in orders:
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 loss = decoder.loss(decoder(features.batch(order)), targets[order], area).mean()
-            optimizer.zero_grad(set_to_none=True)
+            decoder.zero_grad()
             loss.backward()
-            optimizer.step()
+            optimizer.step(decoder.recipe.lr)
 
     return time_on(device, steps, args.repeats)
 

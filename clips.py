@@ -18,6 +18,7 @@ import numpy as np
 from imageio.plugins.pillow import PillowPlugin
 
 from files import BadInput, read_json
+from views import show
 
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 VIDEOS = {".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".gif", ".apng"}
@@ -36,6 +37,7 @@ class Frame(NamedTuple):
     image: Path  # an image file, or the video file that `number` indexes
     annotation: Path | None  # a mask file; None when the clip is not annotated
     number: int | None = None  # position in a video file; None for an image file
+    view: str = ""  # what is shown of it, see views.py; "" for the frame itself
 
 
 # --- finding -----------------------------------------------------------------------------------
@@ -343,20 +345,20 @@ def check_frame(frame: Frame) -> tuple[int, int]:
 
 
 def read_images(frames: list[Frame], threads: int = 2, ahead: int = 64) -> Iterator[np.ndarray]:
-    """Yield every frame as uint8 [H, W, 3], in order, decoded by `threads` threads at most `ahead` frames early."""
+    """Yield every frame, or the view of it, as uint8 [H, W, 3], in order, decoded by `threads` threads at most `ahead` frames early."""
     if frames and frames[0].number is not None:  # a video only decodes forwards
         wanted = {frame.number or 0 for frame in frames}  # rising, maybe with gaps: what an earlier run did is left out
         images = itertools.islice(read_video(frames[0].image), max(wanted) + 1)
         yield from (image for number, image in enumerate(images) if number in wanted)
     else:
-        yield from in_threads(lambda frame: read_image(frame.image), frames, threads, ahead)
+        yield from in_threads(lambda frame: show(read_image(frame.image), frame.view), frames, threads, ahead)
 
 
 def read_packed_masks(frames: list[Frame], size: tuple[int, int], threads: int = 2) -> Iterator[np.ndarray]:
-    """Yield every frame's mask as np.packbits along W, uint8 [H, ceil(W / 8)], resized (nearest) to `size` = (H, W)."""
+    """Yield every frame's (or view's) mask as np.packbits along W, uint8 [H, ceil(W / 8)], resized (nearest) to `size` = (H, W)."""
     def read(frame: Frame) -> np.ndarray:
         assert frame.annotation is not None  # `check_frames` has seen to that
-        return np.packbits(resize_nearest(read_mask(frame.annotation), size), axis=1)
+        return np.packbits(resize_nearest(show(read_mask(frame.annotation), frame.view), size), axis=1)
     yield from in_threads(read, frames, threads, ahead=64)
 
 

@@ -8,6 +8,7 @@
 
 N frames, C channels, h w feature grid, H W mask size. Levels are ordered coarse to fine.
 """
+import itertools
 import os
 import warnings
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import numpy as np
 
 from clips import Frame, checked_size, inside, is_name, read_paths
 from files import BadInput, read_json, whole_file
+from views import is_view
 
 FORMAT = 1
 META: dict[str, type | tuple[type, ...]] = {  # key of meta.json: the type a reader expects
@@ -36,7 +38,7 @@ META: dict[str, type | tuple[type, ...]] = {  # key of meta.json: the type a rea
     "versions": dict,
     "data": str,  # the folder that paths.json's paths start from
     "split": (str, type(None)),
-}
+}  # and "views", a list, where there are any: the rows are all frames, then all frames in each view
 
 
 class FeatureFolder(NamedTuple):
@@ -56,6 +58,16 @@ class FeatureFolder(NamedTuple):
     def size(self) -> tuple[int, int]:
         """(H, W) of the masks."""
         return tuple(self.meta["size"])
+
+    @property
+    def originals(self) -> int:
+        """How many of the rows are frames themselves: the first ones. The others are views of them, in the same order, view by view."""
+        return self.frames // (1 + len(self.meta.get("views", [])))
+
+    @property
+    def sources(self) -> list[str]:
+        """The clip of every row, or the clip that it is a view of."""
+        return self.meta["clips"][:self.originals] * (self.frames // self.originals)
 
 
 # --- reading -----------------------------------------------------------------------------------
@@ -111,6 +123,9 @@ def read_meta(file: Path) -> dict:
     if not meta["clips"] or len(meta["names"]) != len(meta["clips"]) or not all(
             is_name(name) for name in meta["clips"] + meta["names"]):
         raise BadInput(f"{file}: 'clips' and 'names' should name every frame's clip and itself, and hold no paths")
+    views = meta.get("views", [])
+    if not isinstance(views, list) or not all(map(is_view, views)) or len(meta["clips"]) % (1 + len(views)):
+        raise BadInput(f"{file}: 'views' should be a list such as ['mirror', 'zoom1.5'], of which each shows every frame once")
     sizes = meta["sizes"]
     if sizes is not None and (len(sizes) != len(meta["clips"]) or not all(
             isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size) for size in sizes)):
@@ -147,14 +162,15 @@ def check_array(file: Path, shape: tuple[int, ...], dtypes: tuple) -> tuple[int,
 
 
 def folder_frames(folder: FeatureFolder, root: Path | None = None) -> list[Frame]:
-    """Return where the frames and annotations of a feature folder are, below `root` (None: where they were featurized)."""
+    """Return where a feature folder's frames (views left out) and annotations are, below `root` (None: where they were featurized)."""
     meta, root = folder.meta, Path(root or folder.meta["data"])
     listed_in = folder.path / "paths.json"
     if os.path.isfile(root):  # a video
         return [Frame(clip, name, root, None, number) for number, (clip, name) in enumerate(zip(meta["clips"], meta["names"]))]
     columns = folder.paths["raw"], folder.paths.get("annotation", [""] * folder.frames)
+    rows = itertools.islice(zip(meta["clips"], meta["names"], *columns), folder.originals)
     return [Frame(clip, name, inside(root, raw, listed_in), inside(root, annotation, listed_in) if annotation else None)
-            for clip, name, raw, annotation in zip(meta["clips"], meta["names"], *columns)]
+            for clip, name, raw, annotation in rows]
 
 
 def check_levels(folder: FeatureFolder, levels: list[str]) -> None:

@@ -111,7 +111,7 @@ def open_source(folder: data.FeatureFolder, root: Path | None, verify: bool, pic
         raise BadInput(f"{gone[0]}: no such file, though {folder.path} was made from it; pass --data with the folder that its "
                        "frames are in now, or the wandb:... they come from" + (", or --no-pictures" if sizes is None else ""))
     masks = resident.load_masks(folder, torch.device("cpu"), verify=verify) if folder.masks and sizes is None else None
-    return Source(frames, [tuple(size) for size in sizes or [folder.size] * folder.frames], masks)
+    return Source(frames, [tuple(size) for size in (sizes or [folder.size] * folder.frames)[:folder.originals]], masks)
 
 
 def featurize(frames: list[clips.Frame], sizes: list[tuple[int, int]], model: dict, decoder: models.Decoder,

@@ -26,6 +26,7 @@ from featurizers import FEATURIZERS, Featurizer, build_featurizer, choose_comput
 from files import BadInput, plain, refuse_existing
 from models import count_parameters
 from partial import PartialFolder
+from views import parse_views
 
 
 def parse_args() -> argparse.Namespace:
@@ -43,6 +44,8 @@ def parse_args() -> argparse.Namespace:
                        help=f"{', '.join(FEATURIZERS)}, or a torchvision network such as resnet50 (default: efficientnet_lite0)")
     group.add_argument("--levels", default=None,
                        help="comma-separated strides to store, e.g. s8,s16,s32,s16@0.5 (default: s32 of alexnet, s8,s16,s32 of others)")
+    group.add_argument("--views", type=parse_views, default=[], metavar="VIEW,...",
+                       help="also featurize these views of every frame, to train on: mirror, zoom1.5, zoom0.7 (default: none)")
     group.add_argument("--weights", default=None, help="a state dict to load, or 'random' (default: pretrained on ImageNet)")
     group.add_argument("--dtype", choices=["float16", "float32"], default="float16", help="of what is stored (default: float16)")
     group.add_argument("--compute", choices=["auto", "float32", "bfloat16"], default="auto",
@@ -73,7 +76,7 @@ def make_meta(args: argparse.Namespace, root: Path, frames: list[clips.Frame], s
         "preprocessing": {"mean": featurizer.mean, "std": featurizer.std, "compute": str(featurizer.compute)[6:]},
         "size": size, "sizes": None if all(other == size for other in sizes) else sizes,
         "clips": [frame.clip for frame in frames], "names": [frame.name for frame in frames],
-        "data": str(root.resolve()), "split": args.split,
+        "data": str(root.resolve()), "split": args.split, **({"views": args.views} if args.views else {}),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
     }
 
@@ -142,12 +145,17 @@ def main() -> None:
     frames = clips.find_frames(root, args.split)[:args.limit]
     sizes = clips.check_frames(frames)
     size = args.size or sizes[0]
+    if args.views and frames[0].annotation is None:
+        raise BadInput(f"{root}: has no annotations, and --views are only for training; leave them out")
+    clip_count, frame_count = len({frame.clip for frame in frames}), len(frames)
+    frames += [frame._replace(clip=f"{frame.clip}@{view}", view=view) for view in args.views for frame in frames]
+    sizes *= 1 + len(args.views)
     featurizer = build_featurizer(args.featurizer, args.levels and args.levels.split(","), args.weights, args.seed,
                                   choose_compute(args.compute, device))
     shapes = featurizer.shapes(size)
     meta = make_meta(args, root, frames, sizes, size, featurizer, shapes, count_flops(featurizer, size))
     total = sum(len(frames) * int(np.prod(shape)) * np.dtype(args.dtype).itemsize for shape in shapes.values())
-    say(f"{len(frames)} frames of {len(set(meta['clips']))} clips, {size[1]} x {size[0]}; "
+    say(f"{frame_count} frames of {clip_count} clips{''.join(f', and {view}' for view in args.views)}, {size[1]} x {size[0]}; "
         f"{args.featurizer} on {device} in {meta['preprocessing']['compute']}, "
         f"{meta['parameters']:,} parameters, {meta['flops_per_frame'] / 1e9:.2f} GFLOP a frame")
     say(f"levels {', '.join(f'{level} {shape}' for level, shape in shapes.items())}: {total / 1e6:,.0f} MB of {args.dtype}")

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from guided import guided_probabilities
 from models import Decoder
+from optimizer import Adam
 from resident import Features
 
 
@@ -24,7 +25,7 @@ def adapt(decoder: Decoder, features: Features, index: torch.Tensor, seed: int =
     with torch.no_grad():
         probability = torch.cat([torch.sigmoid(decoder(features.batch(part)).float()) for part in index.split(16)])
     target, sure = (probability > 0.5).float(), ((probability > 0.8) | (probability < 0.2)).float()
-    optimizer = torch.optim.AdamW(tuned.parameters(), lr=5e-4)
+    optimizer = Adam(tuned.parameters(), weight_decay=0.01, decoupled=True)
     tuned.train()
     vars(tuned).update(hide=0.0, lose=0.0)
     for step in range(decoder.adapt_steps):
@@ -33,9 +34,9 @@ def adapt(decoder: Decoder, features: Features, index: torch.Tensor, seed: int =
         output = tuned(features.batch(index[chosen]))
         where = chosen.to(output.device)
         loss = (F.binary_cross_entropy_with_logits(output, target[where], reduction="none") * sure[where]).mean()
-        optimizer.zero_grad(set_to_none=True)
+        tuned.zero_grad()
         loss.backward()
-        optimizer.step()
+        optimizer.step(lr=5e-4)
     return tuned.eval()
 
 

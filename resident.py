@@ -213,6 +213,11 @@ def select(split: Split, index: np.ndarray) -> Split:
     return split._replace(index=torch.from_numpy(index))
 
 
+def without_views(split: Split) -> Split:
+    """The same frames, but not the views of them: what a decoder is validated on."""
+    return split._replace(index=split.index[split.index < split.folder.originals])
+
+
 # --- batches -----------------------------------------------------------------------------------
 
 
@@ -292,7 +297,7 @@ def batch_order(step: int, clips: np.ndarray, batch: int, seed: int | None, bala
 
 
 def split_clips(clips: list[str], share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Part frames by whole clips: returns (kept, held out) frame indices, int64.
+    """Part frames by whole clips: returns (kept, held out) frame indices, int64. clips: the clip of every frame.
 
     share: of the clips held out, in 0..1, at least one clip and never all; chosen by `seed`. Raises BadInput
     when there is only one clip.

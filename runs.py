@@ -27,9 +27,9 @@ from data import FeatureFolder, folder_frames
 from distributed import Group
 from files import BadInput, Stopped, cannot_write, empty, plain, read_json, sole_owner, whole_file, write_json, write_text
 from models import Decoder, Recipe
-from resident import Split, gather
+from resident import Split, gather, without_views
 
-Parts = dict[str, Any]  # what has state_dict and load_state_dict: the decoder, its optimiser, schedule and moving average
+Parts = dict[str, Any]  # what has state_dict and load_state_dict: the decoder, its optimiser and moving average
 TIMES = "times.jsonl"  # beside log.jsonl, which holds nothing that differs between two runs of one command
 
 
@@ -239,7 +239,8 @@ def read_log(out: Path) -> list[dict]:
 
 def write_overlay(out: Path, step: int, decoder: Decoder, split: Split, tracker: tracking.Tracker) -> None:
     """Write predictions/<step>.png: the middle frame of a split with prediction and truth; black where the frame is gone."""
-    index = split.own()[len(split.own()) // 2:][:1]
+    own = without_views(split).own()
+    index = own[len(own) // 2:][:1]
     decoder.eval()
     prediction = metrics.foreground(next(inference.predict(decoder, split.features, index)).cpu().numpy())
     decoder.train()

@@ -31,6 +31,7 @@ import tracking
 from cli import Parser, add_run_flags, choose_device, positive_int, progress, run
 from files import plain, refuse_existing, write_json
 from models import DECODERS, Decoder, Recipe
+from optimizer import Adam, learning_rate
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -130,12 +131,10 @@ def train(args: argparse.Namespace, recipe: Recipe, training: resident.Split, va
     if group.main:
         print_rules(decoder, description, recipe, frames)
 
-    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-    optimizer = kinds[recipe.optimizer](decoder.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
-    schedule = make_schedule(optimizer, recipe)
+    optimizer = Adam(decoder.parameters(), recipe.weight_decay, decoupled=recipe.optimizer == "adamw")
     average = torch.optim.swa_utils.AveragedModel(
         decoder, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.ema)) if recipe.ema else None
-    parts: runs.Parts = {"decoder": decoder, "optimizer": optimizer, "schedule": schedule} | ({"average": average} if average else {})
+    parts: runs.Parts = {"decoder": decoder, "optimizer": optimizer} | ({"average": average} if average else {})
     state: dict[str, Any] = {"step": 0, "best": -1.0, "since_best": 0, "total": torch.zeros((), device=device), "count": 0}
     if args.resume:
         runs.load_state(out, parts, state, group)
@@ -170,8 +169,8 @@ def train(args: argparse.Namespace, recipe: Recipe, training: resident.Split, va
             group.sum_gradients(decoder)
             if recipe.clip_gradient:
                 torch.nn.utils.clip_grad_norm_(decoder.parameters(), recipe.clip_gradient)
-            optimizer.step()
-            schedule.step()
+            lr, beta1 = learning_rate(recipe.schedule, recipe.lr, step, recipe.steps)
+            optimizer.step(lr, beta1)
             if average:
                 average.update_parameters(decoder)
             state["total"] += loss.detach()
@@ -182,7 +181,7 @@ def train(args: argparse.Namespace, recipe: Recipe, training: resident.Split, va
             logging = step % log_every == 0 or step + 1 == recipe.steps
             if logging:  # here, and only here, the host waits for the device
                 group.sum(state["total"])
-                row = {"loss": float(state["total"]) / state["count"], "lr": optimizer.param_groups[0]["lr"]}
+                row = {"loss": float(state["total"]) / state["count"], "lr": lr}
                 state["total"].zero_()
                 state["count"] = 0
                 seconds = time.perf_counter() - started
@@ -213,14 +212,6 @@ def train(args: argparse.Namespace, recipe: Recipe, training: resident.Split, va
 
 
 # --- around the loop ---------------------------------------------------------------------------
-
-
-def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe) -> torch.optim.lr_scheduler.LRScheduler:
-    """The learning rate's course over the steps."""
-    if recipe.schedule == "onecycle":
-        rise = max(0.1, 2 / (recipe.steps + 1))  # of at least one step: PyTorch divides by its length
-        return torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=recipe.steps + 1, pct_start=rise)
-    return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
 
 
 def print_rules(decoder: Decoder, description: dict, recipe: Recipe, frames: int) -> None:
@@ -256,9 +247,9 @@ def main() -> None:
     for folder in folders:
         data.check_levels(folder, levels)
     checkpoints.check_same_features(folders, levels)
-    names = folders[0].meta["clips"]
-    folds = resident.fold_clips(names, args.folds, args.seed) if args.folds else []
-    apart = resident.split_clips(names, args.holdout, args.seed) if args.holdout and len(folders) == 1 else None
+    clips = folders[0].sources
+    folds = resident.fold_clips(clips, args.folds, args.seed) if args.folds else []
+    apart = resident.split_clips(clips, args.holdout, args.seed) if args.holdout and len(folders) == 1 else None
     models.make_decoder(args.decoder, {level: tuple(folders[0].meta["levels"][level]) for level in levels}, folders[0].size)  # or BadInput
     if not args.resume and group.main:
         refuse_existing(out, args.overwrite)
@@ -274,12 +265,13 @@ def main() -> None:
     with runs.own_folder(out, fresh=not args.resume, group=group):
         if not args.resume and group.main:
             runs.write_args(args, recipe, folders, out)
-        training, validation = splits[0], splits[1] if len(splits) > 1 else None
+        training, validation = splits[0], resident.without_views(splits[1]) if len(splits) > 1 else None
         if folds:
             train_folds(args, recipe, training, folds, levels, out, account, used)
             return
         if apart:
-            training, validation = (resident.select(training, index) for index in apart)
+            kept, held = (resident.select(training, index) for index in apart)
+            training, validation = kept, resident.without_views(held)
         best, _ = train(args, recipe, training, validation, levels, out, account, used)
     if group.main:
         print(f"wrote {out}: model.pt" + (f", val IoU {best:.4f}" if best is not None else ""))
@@ -292,10 +284,10 @@ def train_folds(args, recipe: Recipe, training: resident.Split, folds: list[np.n
     ious = []
     for fold, held in enumerate(folds):
         kept = np.setdiff1d(np.arange(training.folder.frames), held)
+        validation = resident.without_views(resident.select(training, held))
         runs.prepare_folder(out / f"fold-{fold}")
-        best, decoder = train(args, recipe, resident.select(training, kept), resident.select(training, held), levels,
-                              out / f"fold-{fold}", account, used)
-        ious.append(validate(decoder, resident.select(training, held)))
+        best, decoder = train(args, recipe, resident.select(training, kept), validation, levels, out / f"fold-{fold}", account, used)
+        ious.append(validate(decoder, validation))
         print(f"fold {fold}: val IoU {ious[-1]:.4f} at the last step, {best:.4f} at the best")
     if training.features.group.main:
         write_json(out / "folds.json", {"val_iou": ious, "mean": float(np.mean(ious))})

@@ -50,6 +50,7 @@ import runs  # noqa: E402
 from cli import one_line  # noqa: E402
 from distributed import Group  # noqa: E402
 from files import BadInput  # noqa: E402
+from optimizer import Adam  # noqa: E402
 
 SECONDS = 20  # that one input may take, on a busy machine
 MEMORY = 1500  # MB that one input may take: a picture of 64 million pixels in a few forms
@@ -281,8 +282,7 @@ def read_model(file: Path) -> None:
 def run_parts() -> tuple[dict, dict]:
     """What train.py saves in last.pt: its parts, and its counters."""
     decoder = models.make_decoder("linear", {"s32": (6, 7, 9)}, SIZE)
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-3)
-    parts = {"decoder": decoder, "optimizer": optimizer, "schedule": torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=9)}
+    parts = {"decoder": decoder, "optimizer": Adam(decoder.parameters())}
     return parts, {"step": 0, "best": -1.0, "since_best": 0, "total": torch.zeros(()), "count": 0}
 
 
@@ -355,7 +355,7 @@ def make_kinds(root: Path) -> dict[str, Kind]:
         checkpoints.save_model(root / "models" / name / "model.pt", checkpoints.describe(name, folder, ["s32"]), decoder)
     parts, state = run_parts()
     sum(parameter.sum() for parameter in parts["decoder"].parameters()).backward()
-    parts["optimizer"].step()
+    parts["optimizer"].step(1e-3)
     (root / "run").mkdir()
     runs.save_state(root / "run", parts, state)
     (root / "run/log.jsonl").write_text("")
