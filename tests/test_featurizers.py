@@ -131,7 +131,8 @@ def test_levels_at_half_size_see_the_frame_at_half_size():
 @pytest.mark.parametrize("name, most", [("alexnet", 0.02), ("resnet18", 0.05)])
 def test_bfloat16_gives_about_what_float32_gives_at_every_size(name, most):
     levels = ["s32", "s8", "s8@0.5"]
-    exact, rough = (build_featurizer(name, levels, "random", compute=compute)(frames(2, (128, 160))) for compute in (torch.float32, torch.bfloat16))
+    pixels = frames(2, (128, 160))
+    exact, rough = (build_featurizer(name, levels, "random", compute=compute)(pixels) for compute in (torch.float32, torch.bfloat16))
     for level, other in zip(exact, rough, strict=True):
         assert other.dtype == torch.float32 and 0 < (level - other).norm() / level.norm() < most
 
