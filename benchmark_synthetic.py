@@ -151,9 +151,10 @@ def train(args: argparse.Namespace) -> None:
     for name in models.DECODERS:
         one = results["decoders"][name] = time_decoder(name, featurizer, shapes, args, device)
         one["share_of_copy"] = one["gathered_gb_per_second"] / copy["median"]
-        rows += [row(f"{name}: training, {one['frames_per_step']} frames a step", "steps/s", one["steps_per_second"]),
-                 row(f"{name}: training", "frames/s", one["frames_per_second"]),
-                 row(f"{name} after {args.featurizer}: frame to mask", "frames/s", one["frame_to_mask_per_second"])]
+        case = f"{name} on {args.featurizer}, {one['frames_per_step']} frames a step"
+        rows += [row(f"{case}: training", "steps/s", one["steps_per_second"]),
+                 row(f"{case}: training", "frames/s", one["frames_per_second"]),
+                 row(f"{case}: frame to mask", "frames/s", one["frame_to_mask_per_second"])]
         print(f"{name}: gathers {one['gathered_gb_per_second']:.2f} GB/s of features, {one['share_of_copy']:.1%} of what a copy "
               f"on this device moves; peak device memory {one['peak_device_gb'] or 'not counted on this device'}", flush=True)
     measure.write_result(args.out, args.name or f"train-{device.type}", args.repeats, results, rows, before)

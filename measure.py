@@ -180,18 +180,30 @@ def write_table(readme: Path, folder: Path, check: bool) -> bool:
 
 
 def make_table(folder: Path) -> str:
-    """Return the newest results of each name as a Markdown table, and below it where each was measured."""
+    """Return the newest results of each name as Markdown tables, and below them where each was measured.
+
+    What is named "<case>: <figure>" and has no peer goes into a table of its own, a line for each case and a column for each figure.
+    """
     lines = ["| measured | peer | ours | ratio | goal | runs |", "|---|--:|--:|--:|--:|--:|"]
+    cases: dict[str, dict[str, str]] = {}
     notes = []
     for record in newest(folder):
         for line in record["rows"]:
-            cells = [f"{line['what']}, {line['unit']}", figures(line["peer"]), figures(line["ours"]), times(line["ratio"]),
-                     line["goal"] or ""]
-            lines.append(f"| {' | '.join(cells)} | {record['n']} |")
+            what = f"{line['what']}, {line['unit']}"
+            case, _, figure = what.rpartition(": ")
+            if case and line["peer"] is None:
+                cases.setdefault(case, {"runs": str(record["n"])})[figure] = figures(line["ours"])
+                continue
+            cells = [what, figures(line["peer"]), figures(line["ours"]), times(line["ratio"]), line["goal"] or "", str(record["n"])]
+            lines.append(f"| {' | '.join(cells)} |")
         on = record["machine"]
         device = ", ".join(filter(None, [on["cpu"], f"{on['cores']} cores", on["accelerator"]]))
         notes.append(f"- `{record['command']}`: {record['date']}, {device}, load {on['load_1min']} before it began, "
                      f"torch {record['versions']['torch']}")
+    if cases:
+        columns = sorted(dict.fromkeys(column for cells in cases.values() for column in cells), key="runs".__eq__)  # runs last
+        lines += ["", f"| | {' | '.join(columns)} |", f"|---|{'--:|' * len(columns)}"]
+        lines += [f"| {case} | {' | '.join(cells.get(column, '') for column in columns)} |" for case, cells in cases.items()]
     return "\n".join([*lines, "", "Median of the runs (lowest to highest). Measured by:", "", *notes]) + "\n"
 
 

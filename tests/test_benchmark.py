@@ -234,6 +234,18 @@ def test_table_holds_the_newest_of_each_name_between_the_markers(tmp_path):
     assert not measure.write_table(readme, tmp_path, check=True)
 
 
+def test_table_gives_each_case_one_line(tmp_path):
+    record(tmp_path, "2020-01-01", "a", 2.0)
+    made = json.loads((tmp_path / "2020-01-01-a.json").read_text())
+    made["rows"] += [measure.row(what, unit, measure.spread([value])) for what, unit, value in
+                     [("10 frames, disk: step", "ms", 1.0), ("10 frames, disk: memory", "GB", 2.0), ("20 frames, disk: memory", "GB", 3.0)]]
+    (tmp_path / "2020-01-01-a.json").write_text(json.dumps(made))
+    lines = measure.make_table(tmp_path).split("\n")
+    assert lines[2].startswith("| training, frames/s |") and lines[3] == ""
+    assert lines[4:8] == ["| | step, ms | memory, GB | runs |", "|---|--:|--:|--:|", "| 10 frames, disk | 1 | 2 | 2 |",
+                          "| 20 frames, disk |  | 3 | 2 |"]
+
+
 @pytest.mark.parametrize("text", ["", "<!-- benchmarks -->", "<!-- /benchmarks --><!-- benchmarks -->",
                                   "<!-- benchmarks --><!-- /benchmarks --><!-- benchmarks -->"])
 def test_table_needs_its_markers_once_and_in_order(tmp_path, text):
