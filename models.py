@@ -226,6 +226,7 @@ class FPN(Decoder):
 class Temporal(FPN):
     """FPN that also sees what the whole clip tells about each position: see cues.py."""
 
+    recipe = FPN.recipe._replace(steps=1000)
     cues = CUES
     lose = 0.25
     adapt_steps = 25
