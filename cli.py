@@ -92,7 +92,8 @@ def run(main: Callable[[], int | None]) -> int:
     debug = "--debug" in sys.argv
     script = os.path.basename(sys.argv[0])
     keep_freed_memory()
-    gc.freeze()  # what the imports made stays to the end: searching it for garbage on the way out takes a third of a second
+    if not gc.get_freeze_count():  # what the imports made stays to the end: to search it for garbage at exit takes a third of a second
+        gc.freeze()  # once: what is garbage by now would stay too
     try:
         return main() or 0
     except (BadInput, OSError, torch.OutOfMemoryError) as error:

@@ -126,10 +126,9 @@ def featurize(frames: list[clips.Frame], sizes: list[tuple[int, int]], model: di
     size = tuple(model["size"]) if abs(scale - 1) < 1e-3 else (round(height * scale), round(width * scale))
     featurizer = featurizers.build_featurizer(model["featurizer"], model["featurizer_levels"], args.weights, args.seed,
                                               featurizers.choose_compute("auto", device))
-    digest = featurizers.weights_digest(featurizer)
-    if digest != model["weights"]:
+    if featurizer.digest != model["weights"]:
         raise BadInput(f"{args.model}: was trained on features of other {model['featurizer']} weights "
-                       f"({model['weights']}, found {digest}); pass the same --weights as to featurize.py")
+                       f"({model['weights']}, found {featurizer.digest}); pass the same --weights as to featurize.py")
     shapes, levels = featurizer.shapes(size), list(model["shapes"])
     total = len(frames) * sum(math.prod(shapes[level]) for level in levels) * 2
     print(f"featurizing {len(frames)} frames at {size[1]} x {size[0]}: {total / 1e6:,.0f} MB of features in memory")

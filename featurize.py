@@ -22,7 +22,7 @@ import distributed
 import tracking
 from cli import Parser, add_run_flags, choose_device, positive_int, progress, run
 from distributed import Group
-from featurizers import FEATURIZERS, Featurizer, build_featurizer, choose_compute, count_flops, run_featurizer, weights_digest
+from featurizers import FEATURIZERS, Featurizer, build_featurizer, choose_compute, count_flops, run_featurizer
 from files import BadInput, plain, refuse_existing
 from models import count_parameters
 from partial import PartialFolder
@@ -72,7 +72,7 @@ def make_meta(args: argparse.Namespace, root: Path, frames: list[clips.Frame], s
     """Return meta.json but for the digests of the arrays."""
     return {
         "format": data.FORMAT, "featurizer": args.featurizer, "levels": shapes, "dtype": args.dtype,
-        "weights": weights_digest(featurizer), "parameters": count_parameters(featurizer), "flops_per_frame": flops,
+        "weights": featurizer.digest, "parameters": count_parameters(featurizer), "flops_per_frame": flops,
         "preprocessing": {"mean": featurizer.mean, "std": featurizer.std, "compute": str(featurizer.compute)[6:]},
         "size": size, "sizes": None if all(other == size for other in sizes) else sizes,
         "clips": [frame.clip for frame in frames], "names": [frame.name for frame in frames],

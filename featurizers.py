@@ -33,7 +33,9 @@ class Featurizer(nn.Module):
         super().__init__()
         self.name, self.levels, self.mean, self.std, self.compute = name, levels, mean, std, compute
         self.scales = sorted({parse_level(level)[1] for level in levels}, reverse=True)
-        self.network = network.requires_grad_(False).eval().to(compute).to(memory_format=torch.channels_last)
+        self.network = network.requires_grad_(False).eval()
+        self.digest = weights_digest(self)  # of the weights as they were loaded, whatever they are rounded to
+        self.network.to(compute).to(memory_format=torch.channels_last)
 
     def forward(self, frames: torch.Tensor) -> list[torch.Tensor]:
         """frames: uint8 [B, 3, H, W], RGB. Returns a float32 [B, C, h, w] for each of `levels`."""

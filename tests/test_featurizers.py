@@ -160,6 +160,12 @@ def test_random_weights_are_a_function_of_the_seed():
     assert digests[0] == digests[1] != digests[2]
 
 
+def test_digest_is_of_the_weights_whatever_they_are_computed_in():
+    """A model trained on features of one machine's bfloat16 is for another's float32 too."""
+    exact, rough = (build_featurizer("alexnet", weights="random", compute=compute) for compute in (torch.float32, torch.bfloat16))
+    assert exact.digest == rough.digest == weights_digest(exact) != weights_digest(rough)
+
+
 def test_digest_tells_one_changed_weight():
     featurizer = build_featurizer("alexnet", weights="random")
     before = weights_digest(featurizer)
