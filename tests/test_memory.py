@@ -69,7 +69,7 @@ def test_one_frame_that_does_not_fit_is_refused(tmp_path):
 
 def test_training_that_does_not_fit_says_what_to_pass(tmp_path):
     write_features(tmp_path / "features", {"ant": 9})
-    with mock.patch.object(torch.optim.Adam, "step", side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")):
+    with mock.patch("optimizer.Adam.step", side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")):
         result = call("train", "--features", tmp_path / "features", "--steps", 3, "--threads", 1, "--out", tmp_path / "run")
     assert result.status == 2 and result.err == "train.py: CUDA out of memory. Tried to allocate 2 GiB; pass a smaller --batch-size\n"
 
