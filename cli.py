@@ -10,7 +10,6 @@ so that bad input ends in one line on standard error and exit status 2, without 
 import argparse
 import contextlib
 import ctypes
-import gc
 import os
 import sys
 import time
@@ -92,8 +91,6 @@ def run(main: Callable[[], int | None]) -> int:
     debug = "--debug" in sys.argv
     script = os.path.basename(sys.argv[0])
     keep_freed_memory()
-    if not gc.get_freeze_count():  # what the imports made stays to the end: to search it for garbage at exit takes a third of a second
-        gc.freeze()  # once: what is garbage by now would stay too
     try:
         return main() or 0
     except (BadInput, OSError, torch.OutOfMemoryError) as error:
