@@ -1,234 +1,204 @@
-"""The feature folder: its files, written by featurize.py and checked by whoever reads them.
+"""Features whole on the device, what is learned from them, and the order in which frames are drawn.
 
-    features/<featurizer>-<split>/
-        features.npy            [N, C, h, w], float16 or float32; several levels: features.<level>.npy
-        masks.npy               [N, H, ceil(W / 8)] uint8, np.packbits along W; absent without annotations
-        paths.json              {"raw": {"0": path, ...}, "annotation": {...}}, relative to meta's "data"
-        meta.json               everything else: see META
+    folder = data.open_features("features/alexnet-train")   # checks its files, see vos/folder.py
+    training = data.load_features(folder, device="cpu")     # features and masks, ready to train from
 
-N frames, C channels, h w feature grid, H W mask size. Levels are ordered coarse to fine.
+N rows of a feature folder (frames, and views of frames), C channels, h w feature grid, gh gw a decoder's
+grid, H W mask size.
 """
-import itertools
-import os
+import dataclasses
+import hashlib
+import math
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
+import torch
 
-from clips import Frame, checked_size, inside, is_name, read_paths
-from files import BadInput, read_json, whole_file
-from views import is_view
+from vos.folder import AGAIN, FeatureFolder, array_name, open_features
+from vos.inputs import BadInput, opened
 
-FORMAT = 1
-META: dict[str, type | tuple[type, ...]] = {  # key of meta.json: the type a reader expects
-    "format": int,  # FORMAT
-    "featurizer": str,
-    "levels": dict,  # level: [C, h, w], coarse to fine
-    "weights": str,  # digest of the featurizer's weights
-    "preprocessing": dict,  # mean, std, compute dtype
-    "size": list,  # [H, W] of the frames the featurizer saw, and of masks.npy
-    "sizes": (list, type(None)),  # [H, W] of every frame, where they differ
-    "clips": list,  # clip of every frame
-    "names": list,  # name of every frame in its clip
-    "parameters": int,  # of the featurizer, as far as the levels need it
-    "flops_per_frame": int,
-    "sha256": dict,  # file: digest
-    "versions": dict,
-    "data": str,  # the folder that paths.json's paths start from
-    "split": (str, type(None)),
-}  # and "views", a list, where there are any: the rows are all frames, then all frames in each view
+__all__ = ["FeatureFolder", "Features", "load_features", "open_features"]
+SPARE = 0.8  # share of the free memory that features and masks may take
+CHUNK = 32 << 20  # bytes read from disk at a time
 
 
-class FeatureFolder(NamedTuple):
-    """A checked feature folder: its meta.json, and its arrays still on disk."""
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """Levels of features, with masks if there are any: what one trains on, validates on, predicts."""
 
-    path: Path
-    meta: dict
-    files: dict[str, Path]  # level: file of [N, C, h, w]
-    masks: Path | None  # file of [N, H, ceil(W / 8)] uint8
-    paths: dict[str, list[str]]  # "raw" and maybe "annotation"
+    names: list[str]  # of the levels
+    levels: list[torch.Tensor]  # [N, C, h, w] each, then their cues; on the device or memory-mapped
+    device: torch.device  # where batches go
+    index: torch.Tensor  # int64 [n], the rows that count, in host memory
+    masks: torch.Tensor | None = None  # uint8 [N, H, ceil(W / 8)], packed
+    folder: FeatureFolder | None = None
 
-    @property
-    def frames(self) -> int:
-        return len(self.meta["clips"])
+    def batch(self, index: torch.Tensor) -> list[torch.Tensor]:
+        """index: int64 [B], rows. Returns a float32 [B, C, h, w] on the device for each level."""
+        return [rows_of(level, index).to(self.device).float() for level in self.levels]
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """(H, W) of the masks."""
-        return tuple(self.meta["size"])
+    def select(self, chosen: np.ndarray) -> "Features":
+        """The same features, of which only the rows where `chosen`, bool [N], is true count."""
+        return dataclasses.replace(self, index=self.index[torch.from_numpy(chosen)[self.index]])
 
-    @property
-    def originals(self) -> int:
-        """How many of the rows are frames themselves: the first ones. The others are views of them, in the same order, view by view."""
-        return self.frames // (1 + len(self.meta.get("views", [])))
+    def without_views(self) -> "Features":
+        """The same features without the views of frames: what a decoder is validated on."""
+        return self.select(np.arange(len(self.levels[0])) < self.folder.frames)
 
-    @property
-    def sources(self) -> list[str]:
-        """The clip of every row, or the clip that it is a view of."""
-        return self.meta["clips"][:self.originals] * (self.frames // self.originals)
-
-
-# --- reading -----------------------------------------------------------------------------------
+    def hold_out(self, clips: list[str]) -> tuple["Features", "Features"]:
+        """Part by whole clips: return rows to train on, and the frames of `clips` to validate on."""
+        held = np.isin(self.folder.clips, clips)
+        return self.select(~held), self.select(held).without_views()
 
 
-def open_features(path: Path) -> FeatureFolder:
-    """Check a feature folder's meta.json, paths.json and array headers against one another, and return it.
+def rows_of(array: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Return rows `index`, int64 [B] in host memory, of an array wherever it is."""
+    return array.index_select(0, index.to(array.device, non_blocking=True))
 
-    Nothing large is read. Raises BadInput naming the file, what was expected and what was found.
+
+# --- loading -----------------------------------------------------------------------------------
+
+
+def load_features(folder: FeatureFolder, levels: list[str] | None = None, cues: bool = False,
+                  device: str | torch.device = "cpu", resident: str | None = None,
+                  labelled: bool = True) -> Features:
+    """Load levels (None: all), then their cues if wanted, and the masks, if there are any.
+
+    resident: "device", or "disk" to map the files and read rows as they are asked for; None for the first
+    if it fits. labelled: let only rows with a mask count. Every array is checked against its SHA-256.
+    Raises BadInput for damage, and where masks are wanted and there are none.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise BadInput(f"{path}: no such feature folder; featurize.py makes one")
-    meta = read_meta(path / "meta.json")
-    frames, (height, width) = len(meta["clips"]), meta["size"]
-    files = {level: path / level_file(level, meta["levels"]) for level in meta["levels"]}
-    for level, file in files.items():
-        check_array(file, (frames, *meta["levels"][level]), (np.float16, np.float32))
-    masks = path / "masks.npy"
-    if masks.exists():
-        check_array(masks, (frames, height, -(-width // 8)), (np.uint8,))
-    for file in [*files.values(), *([masks] if masks.exists() else [])]:
-        if not isinstance(meta["sha256"].get(file.name), str):
-            raise BadInput(f"{path / 'meta.json'}: 'sha256' lacks the digest of {file.name}; make the folder anew with featurize.py")
-    paths = read_paths(path / "paths.json")
-    if "raw" not in paths:
-        raise BadInput(f"{path / 'paths.json'}: expected a column 'raw', found {', '.join(paths) or 'none'}")
-    for column, values in paths.items():
-        if len(values) != frames:
-            raise BadInput(f"{path / 'paths.json'}: {len(values)} paths in {column!r}, expected {frames} as in meta.json")
-    return FeatureFolder(path, meta, files, masks if masks.exists() else None, paths)
+    device = torch.device(device)
+    levels = levels or list(folder.shapes)
+    folder.check_levels(levels, cues)
+    names = [array_name(level, folder.shapes) for level in levels]
+    names += [f"cues.{level}.npy" for level in levels if cues]
+    has_masks = "masks.npy" in folder.arrays
+    if labelled and not has_masks:
+        raise BadInput(f"{folder.path}: has no masks, and this step needs annotations; featurize "
+                       "annotated clips, or pass --masks to featurize.py")
+
+    files = [folder.path / name for name in names + ["masks.npy"] * has_masks]
+    resident = resident or choose_resident(files, device)
+    digests = folder.meta["sha256"]
+    loaded = [load_array(file, digests[file.name], device, resident) for file in files]
+    masks = loaded.pop() if has_masks else None
+    features = Features(levels, loaded, device, torch.arange(len(loaded[0])), masks, folder)
+    flags = folder.meta["labelled"]
+    return features.select(np.array(flags)) if labelled and flags else features
 
 
-def read_meta(file: Path) -> dict:
-    """Read meta.json and check that every key is there with its type. Raises BadInput."""
-    meta = read_json(file)
-    if not isinstance(meta, dict):
-        raise BadInput(f"{file}: expected an object of {', '.join(META)}")
-    if meta.get("format") != FORMAT:
-        raise BadInput(f"{file}: format {meta.get('format')!r}, expected {FORMAT}; make the folder anew with featurize.py")
-    for key, kind in META.items():
-        if key not in meta or not isinstance(meta[key], kind):
-            raise BadInput(f"{file}: {key!r} is {'missing' if key not in meta else 'of another type'}; "
-                           "make the folder anew with featurize.py")
-    numbers = [meta["size"], *meta["levels"].values()]
-    if not meta["levels"] or [len(shape) for shape in numbers if isinstance(shape, list)] != [2] + [3] * len(meta["levels"]) \
-            or not all(isinstance(n, int) and 0 < n < 1 << 31 for shape in numbers for n in shape):
-        raise BadInput(f"{file}: 'size' should be [H, W] and 'levels' {{name: [C, h, w]}}, whole numbers above 0")
-    if not all(map(is_name, meta["levels"])):
-        raise BadInput(f"{file}: a level's name holds a path; expected names such as s16")
-    if not all(0 <= meta[key] < 1 << 63 for key in ("parameters", "flops_per_frame")):
-        raise BadInput(f"{file}: 'parameters' and 'flops_per_frame' should be counts")
-    if not meta["clips"] or len(meta["names"]) != len(meta["clips"]) or not all(
-            is_name(name) for name in meta["clips"] + meta["names"]):
-        raise BadInput(f"{file}: 'clips' and 'names' should name every frame's clip and itself, and hold no paths")
-    views = meta.get("views", [])
-    if not isinstance(views, list) or not all(map(is_view, views)) or len(meta["clips"]) % (1 + len(views)):
-        raise BadInput(f"{file}: 'views' should be a list such as ['mirror', 'zoom1.5'], of which each shows every frame once")
-    sizes = meta["sizes"]
-    if sizes is not None and (len(sizes) != len(meta["clips"]) or not all(
-            isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size) for size in sizes)):
-        raise BadInput(f"{file}: 'sizes' should hold [H, W] of every frame")
-    for size in [meta["size"], *(sizes or [])]:
-        checked_size(size, file)
-    return meta
+def choose_resident(files: list[Path], device: torch.device) -> str:
+    """Return "device" when the arrays fit SPARE of the device's free memory, else "disk"."""
+    needed, free = sum(file.stat().st_size for file in files), free_memory(device)
+    if needed <= SPARE * free:
+        return "device"
+    print(f"{needed / 1e9:.1f} GB of features do not fit {SPARE:.0%} of the {free / 1e9:.1f} GB free: "
+          "they are read from disk as needed")
+    return "disk"
 
 
-def level_file(level: str, levels) -> str:
-    """The file name of a level's array: features.npy when there is only one level."""
-    return "features.npy" if len(levels) == 1 else f"features.{level}.npy"
-
-
-def check_array(file: Path, shape: tuple[int, ...], dtypes: tuple) -> tuple[int, np.dtype]:
-    """Check an .npy file's header and length; return where its data starts (bytes) and its dtype. Raises BadInput."""
+def free_memory(device: torch.device) -> float:
+    """Return the bytes free on a device; infinity where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
     try:
-        with open(file, "rb") as handle, warnings.catch_warnings(action="ignore"):  # of odd Python in the header
-            version = np.lib.format.read_magic(handle)
-            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-            found, fortran, dtype = read(handle)
-            start = handle.tell()
-    except FileNotFoundError:
-        raise BadInput(f"{file}: no such file, though meta.json speaks of it; make the folder anew with featurize.py") from None
-    except Exception as error:  # numpy parses the header as Python source: anything can come of damaged bytes
-        raise BadInput(f"{file}: expected a .npy array, found something else ({(str(error) or 'damaged').splitlines()[0]})") from error
-    if found != tuple(shape) or fortran or dtype not in dtypes:
-        raise BadInput(f"{file}: holds {dtype} {list(found)}, but meta.json says {'/'.join(np.dtype(d).name for d in dtypes)} "
-                       f"{list(shape)}; make the folder anew with featurize.py")
-    expected = start + int(np.prod(shape, dtype=object)) * dtype.itemsize
-    if file.stat().st_size != expected:
-        raise BadInput(f"{file}: is {file.stat().st_size:,} bytes, expected {expected:,}; it was cut or added to")
-    return start, dtype
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvail"))
+    except (OSError, StopIteration):
+        return math.inf
 
 
-def folder_frames(folder: FeatureFolder, root: Path | None = None) -> list[Frame]:
-    """Return where a feature folder's frames (views left out) and annotations are, below `root` (None: where they were featurized)."""
-    meta, root = folder.meta, Path(root or folder.meta["data"])
-    listed_in = folder.path / "paths.json"
-    if os.path.isfile(root):  # a video
-        return [Frame(clip, name, root, None, number) for number, (clip, name) in enumerate(zip(meta["clips"], meta["names"]))]
-    columns = folder.paths["raw"], folder.paths.get("annotation", [""] * folder.frames)
-    rows = itertools.islice(zip(meta["clips"], meta["names"], *columns), folder.originals)
-    return [Frame(clip, name, inside(root, raw, listed_in), inside(root, annotation, listed_in) if annotation else None)
-            for clip, name, raw, annotation in rows]
+def load_array(file: Path, digest: str, device: torch.device, resident: str) -> torch.Tensor:
+    """Read an .npy array once, checking digest and values; return it on the device or memory-mapped.
 
-
-def check_levels(folder: FeatureFolder, levels: list[str]) -> None:
-    """Raise BadInput when the folder lacks one of `levels`."""
-    for level in levels:
-        if level not in folder.files:
-            raise BadInput(f"{folder.path}: has no level {level!r}, only {', '.join(folder.files)}; "
-                           f"featurize with --levels {','.join(levels)}")
-
-
-# --- writing -----------------------------------------------------------------------------------
-
-
-class ArrayWriter:
-    """An .npy file of known shape, written a few rows at a time, in any order.
-
-    Plain writes, not a memory map: memory stays flat, and a full disk is an error rather than a crash.
+    It reaches the device in pieces, so that host memory never holds it twice. Raises BadInput when the
+    SHA-256 differs or a value is not finite.
     """
-
-    def __init__(self, file: Path, shape: tuple[int, ...], dtype: np.typing.DTypeLike):
-        """Open `file`, made at its full length when it is not there yet."""
-        self.dtype, self.row = np.dtype(dtype), int(np.prod(shape[1:])) * np.dtype(dtype).itemsize
-        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": tuple(shape)}
-        if not file.exists():
-            with whole_file(file) as temporary, open(temporary, "wb") as made:
-                np.lib.format.write_array_header_1_0(made, header)
-                made.truncate(made.tell() + shape[0] * self.row)
-        self.file = open(file, "r+b")  # noqa: SIM115  until `close`
-        np.lib.format.read_magic(self.file)
-        np.lib.format.read_array_header_1_0(self.file)
-        self.start = self.file.tell()
-
-    def write(self, first: int, rows: np.ndarray) -> None:
-        """Write `rows` [n, ...] as rows first .. first + n."""
-        self.file.seek(self.start + first * self.row)
-        self.file.write(np.ascontiguousarray(rows, self.dtype).data)
-
-    def read(self, first: int, count: int) -> bytes:
-        """Return the bytes of rows first .. first + count."""
-        self.file.seek(self.start + first * self.row)
-        return self.file.read(count * self.row)
-
-    def close(self) -> None:
-        """Flush to disk and close."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
+    mapped = np.load(file, mmap_mode="r")
+    with warnings.catch_warnings(action="ignore"):  # torch warns that it may not be written to
+        array = torch.from_numpy(mapped)
+    result = array if resident == "disk" else torch.empty_like(array, device=device)
+    width = mapped[0].nbytes
+    sha = hashlib.sha256()
+    with opened(file) as handle:
+        sha.update(handle.read(mapped.offset))
+        for piece in result.split(max(1, CHUNK // width)):
+            data = bytearray(handle.read(len(piece) * width))
+            sha.update(data)
+            read = torch.frombuffer(data, dtype=array.dtype).view(piece.shape)
+            if not all(map(math.isfinite, read.aminmax())):  # NaN is both
+                raise BadInput(f"{file}: holds NaN or infinity; {AGAIN}")
+            if resident != "disk":
+                piece.copy_(read)
+    if sha.hexdigest() != digest:
+        raise BadInput(f"{file}: its SHA-256 is not meta.json's: it was changed or damaged; {AGAIN}")
+    return result
 
 
-def as_column(paths: list[str]) -> dict[str, str]:
-    """Return a column of paths.json: {"0": path, "1": path, ...}."""
-    return {str(index): path for index, path in enumerate(paths)}
+# --- targets -----------------------------------------------------------------------------------
 
 
-def clip_ranges(clips: list[str]) -> Iterator[tuple[str, int, int]]:
-    """Yield (clip, first, stop) for every run of frames of one clip, in order."""
-    first = 0
-    for index in range(1, len(clips) + 1):
-        if index == len(clips) or clips[index] != clips[first]:
-            yield clips[first], first, index
-            first = index
+def pool_masks(features: Features, cells: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Return the share of foreground in every cell of a grid, float32 [N, gh, gw] on the device.
+
+    cells: the grid row of each pixel row, int64 [H], never falling, and the grid column of each pixel
+    column, int64 [W]. Counts are exact. Rows of `features` that do not count stay 0.
+    """
+    rows, columns = cells
+    starts = torch.searchsorted(rows, torch.arange(int(rows[-1]) + 2))  # first pixel row of each, and H
+    bounds = list(zip(starts[:-1].tolist(), starts[1:].tolist()))
+    column_sums = torch.nn.functional.one_hot(columns).float()  # [W, gw]
+    area = starts.diff()[:, None] * column_sums.sum(0)  # [gh, gw], pixels a cell
+    few = int(starts.diff().max()) < 256  # then sums of rows fit a byte: faster
+    dtype = np.uint8 if few else np.uint32
+
+    pooled = torch.zeros(len(features.masks), len(bounds), column_sums.shape[1])
+    for part in features.index.split(8):  # 8 frames stay in the processor's cache
+        packed = rows_of(features.masks, part).cpu().numpy()
+        bits = np.unpackbits(packed, axis=2, count=len(columns))  # [n, H, W]
+        sums = [np.add.reduce(bits[:, start:stop], axis=1, dtype=dtype) for start, stop in bounds]
+        sums = torch.from_numpy(np.stack(sums, axis=1).astype(np.float32))  # [n, gh, W]
+        pooled[part] = sums @ column_sums / area
+    return pooled.to(features.device)
+
+
+def unpack(packed: torch.Tensor, width: int) -> torch.Tensor:
+    """Unpack masks, uint8 [..., ceil(W / 8)] -> bool [..., W]."""
+    if packed.device.type == "cpu":
+        return torch.from_numpy(np.unpackbits(packed.numpy(), axis=-1, count=width)).view(torch.bool)
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
+    return (packed[..., None] >> shifts & 1).flatten(-2)[..., :width].bool()
+
+
+# --- order of batches, groups of clips -----------------------------------------------------------
+
+
+def batch_order(clips: np.ndarray, batch: int, order: str, seed: int, step: int) -> np.ndarray:
+    """Return the frames of one training step: positions in `clips`, int64 [B].
+
+    clips: the clip of each frame, [n]. order: "given" or "shuffled" for epochs over all frames, in order
+    or drawn for each epoch (the last batch of one may be shorter); "balanced" for clips in turn and
+    a frame of each drawn, so that a long clip counts no more than a short one. A function of its
+    arguments alone, so that a resumed run sees the same batches.
+    """
+    if order == "balanced":
+        draw = np.random.default_rng((seed, step))
+        names = np.unique(clips)
+        rounds = -(-batch // len(names))
+        turns = np.concatenate([draw.permutation(names) for _ in range(rounds)])[:batch]
+        return np.array([draw.choice(np.flatnonzero(clips == name)) for name in turns])
+    epoch, position = divmod(step, -(-len(clips) // batch))
+    frames = np.arange(len(clips))
+    if order == "shuffled":
+        frames = np.random.default_rng((seed, epoch)).permutation(len(clips))
+    return frames[position * batch:(position + 1) * batch]
+
+
+def draw_clips(clips: np.ndarray, groups: int, seed: int) -> list[list[str]]:
+    """Part the names of clips, drawn with `seed`, into `groups` about equal groups."""
+    names = np.random.default_rng(seed).permutation(np.unique(clips))
+    return [part.tolist() for part in np.array_split(names, groups)]

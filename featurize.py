@@ -1,11 +1,12 @@
-"""Turn frames into features: a frozen, pretrained network runs over every frame once.
+"""Turn frames into features: a frozen, pretrained image network runs over every frame once.
 
     python featurize.py --data DAVIS --split train --featurizer alexnet
 
 writes features/alexnet-train/ (features.npy, masks.npy, paths.json, meta.json), about 0.18 MB a frame.
-A run that was stopped goes on where it was when the same command is given again.
+A run that was stopped goes on, clip by clip, when the same command is given again.
 """
 import argparse
+import itertools
 import os
 import platform
 import sys
@@ -15,171 +16,216 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import artifacts
-import clips
-import data
-import distributed
-import tracking
-from cli import Parser, add_run_flags, choose_device, positive_int, progress, run
-from distributed import Group
-from featurizers import FEATURIZERS, Featurizer, build_featurizer, choose_compute, count_flops, run_featurizer
-from files import BadInput, plain, refuse_existing
-from models import count_parameters
-from partial import PartialFolder
-from views import parse_views
+from vos import cli, clips, cues, distributed, featurizers, folder, images, views
+from vos.inputs import BadInput, sha256
+from vos.outputs import check_output, write_json
 
 
 def parse_args() -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = cli.Parser(__doc__)
     group = parser.add_argument_group("data")
-    group.add_argument("--data", required=True,
-                       help="a DAVIS root, a contest folder with paths.json, a folder of frames, a video file, or wandb:...")
-    group.add_argument("--split", default=None, help="the split of a DAVIS root, e.g. train (its ImageSets name it)")
-    group.add_argument("--limit", type=positive_int, default=None, help="only the first N frames (default: all)")
-    group.add_argument("--size", type=parse_size, default=None, metavar="HxW",
-                       help="resize frames of another size to this (default: the first frame's size)")
-    group.add_argument("--out", type=Path, default=None, help="folder to write (default: features/<featurizer>-<split>)")
+    group.add_argument("--data", required=True, help="a DAVIS root, a contest folder with paths.json, "
+                       "a folder of frames, a video file, or wandb:...")
+    group.add_argument("--split", help="the split of a DAVIS root, e.g. train")
+    group.add_argument("--masks", type=Path, help="masks by clip and frame name, for some frames or all")
+    group.add_argument("--limit", type=cli.count(10**9), help="only the first N frames (default: all)")
+    group.add_argument("--size", type=parse_size, metavar="HxW",
+                       help="resize other frames to this (default: the first frame's size)")
+    group.add_argument("--out", type=Path,
+                       help="folder to write (default: features/<featurizer>-<split>)")
     group = parser.add_argument_group("featurizer")
     group.add_argument("--featurizer", default="efficientnet_lite0",
-                       help=f"{', '.join(FEATURIZERS)}, or a torchvision network such as resnet50 (default: efficientnet_lite0)")
-    group.add_argument("--levels", default=None,
-                       help="comma-separated strides to store, e.g. s8,s16,s32,s16@0.5 (default: s32 of alexnet, s8,s16,s32 of others)")
-    group.add_argument("--views", type=parse_views, default=[], metavar="VIEW,...",
-                       help="also featurize these views of every frame, to train on: mirror, zoom1.5, zoom0.7 (default: none)")
-    group.add_argument("--weights", default=None, help="a state dict to load, or 'random' (default: pretrained on ImageNet)")
-    group.add_argument("--dtype", choices=["float16", "float32"], default="float16", help="of what is stored (default: float16)")
+                       help=f"{', '.join(featurizers.FEATURIZERS)}, or timm:NAME for a network of timm "
+                       "(default: efficientnet_lite0)")
+    group.add_argument("--levels", type=cli.parse_levels, help="comma-separated strides to store, such "
+                       "as s8,s16,s16@0.5 (default: the featurizer's own)")
+    group.add_argument("--views", type=views.parse_views, default=[], metavar="VIEW,...",
+                       help="views of every frame to train on too: mirror, zoom1.5, zoom0.7")
+    group.add_argument("--cues", action=argparse.BooleanOptionalAction, help="store what whole clips "
+                       "tell about each position, for temporal (default: with several levels)")
+    group.add_argument("--weights", help="a state dict, or 'random' (default: pretrained on ImageNet)")
+    group.add_argument("--dtype", choices=["float16", "float32"], default="float16",
+                       help="of what is stored (default: float16)")
     group.add_argument("--compute", choices=["auto", "float32", "bfloat16"], default="auto",
-                       help="arithmetic of the network (default: bfloat16 where the device is fast at it)")
-    group.add_argument("--batch-size", type=positive_int, default=None, help="frames at a time (default: 4 on the CPU, else 32)")
-    tracking.add_tracking_flags(parser)
-    add_run_flags(parser)
+                       help="arithmetic of the network (default: bfloat16 where that is fast)")
+    cli.add_run_flags(parser)
     return parser.parse_args()
 
 
 def parse_size(text: str) -> tuple[int, int]:
     """Parse "480x854" as (H, W) (argparse type)."""
-    try:
-        height, width = map(int, text.lower().split("x"))
-        if min(height, width) >= 32:
-            return height, width
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTH in pixels, at least 32x32, found {text}")
+    height, _, width = text.lower().partition("x")
+    if height.isdecimal() and width.isdecimal() and len(text) < 12:
+        size = int(height), int(width)
+        if min(size) >= 32 and size[0] * size[1] <= images.PIXELS_LIMIT:
+            return size
+    raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTH, at least 32x32 pixels, found {text}")
 
 
-def make_meta(args: argparse.Namespace, root: Path, frames: list[clips.Frame], sizes: list[tuple[int, int]], size: tuple[int, int],
-              featurizer: Featurizer, shapes: dict[str, list[int]], flops: int) -> dict:
+def describe(args: argparse.Namespace, root: Path, frames: list[clips.Frame], size: tuple[int, int],
+             sizes: list[tuple[int, int]], featurizer: featurizers.Featurizer) -> dict:
     """Return meta.json but for the digests of the arrays."""
+    shapes = featurizer.shapes(size)
+    has_mask = [frame.annotation is not None for frame in frames]
+    wanted = len(shapes) > 1 if args.cues is None else args.cues
     return {
-        "format": data.FORMAT, "featurizer": args.featurizer, "levels": shapes, "dtype": args.dtype,
-        "weights": featurizer.digest, "parameters": count_parameters(featurizer), "flops_per_frame": flops,
-        "preprocessing": {"mean": featurizer.mean, "std": featurizer.std, "compute": str(featurizer.compute)[6:]},
-        "size": size, "sizes": None if all(other == size for other in sizes) else sizes,
+        "format": folder.FORMAT, "featurizer": args.featurizer, "levels": shapes, "dtype": args.dtype,
+        "weights": featurizer.digest, "parameters": featurizer.parameters_count,
+        "flops_per_frame": featurizers.count_flops(featurizer, size),
+        "preprocessing": {"mean": list(featurizer.mean), "std": list(featurizer.std),
+                          "compute": str(featurizer.compute)[6:]},
+        "size": list(size), "sizes": None if set(sizes) == {size} else [list(s) for s in sizes],
         "clips": [frame.clip for frame in frames], "names": [frame.name for frame in frames],
-        "data": str(root.resolve()), "split": args.split, **({"views": args.views} if args.views else {}),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "labelled": None if len(set(has_mask)) == 1 else has_mask, "views": args.views,
+        "cues": cues.VERSION if wanted else None, "data": str(root.resolve()), "split": args.split,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
 
 
-def relative(path: Path, root: Path) -> str:
-    """A path as paths.json holds it: below the data root, with slashes; a video's own name for its frames."""
-    return path.name if path == root else path.relative_to(root).as_posix()
+def list_paths(frames: list[clips.Frame], root: Path) -> dict[str, dict[str, str]]:
+    """Return paths.json: the path of every frame and, with annotations, of every mask, below `root`."""
+    def column(paths) -> dict[str, str]:
+        return {str(index): below(path, root) for index, path in enumerate(paths)}
+    table = {"raw": column(frame.image for frame in frames)}
+    if any(frame.annotation for frame in frames):
+        table["annotation"] = column(frame.annotation or Path() for frame in frames)
+    return table
 
 
-def write_masks(frames: list[clips.Frame], size: tuple[int, int], file: Path, threads: int) -> None:
-    """Decode every annotation and write masks.npy, packed."""
-    height, width = size
-    writer = data.ArrayWriter(file, (len(frames), height, -(-width // 8)), np.uint8)
-    masks = clips.read_packed_masks(frames, size, threads)
-    for first, part in enumerate(progress(masks, "masks", len(frames))):
-        writer.write(first, part)
-    writer.close()
+def below(path: Path, root: Path) -> str:
+    """A path as paths.json holds it: below the data root, with slashes; a video's own name."""
+    return path.name if path == root or root not in path.parents else path.relative_to(root).as_posix()
 
 
-def write_features(partial: PartialFolder, frames: list[clips.Frame], featurizer: Featurizer, shapes: dict[str, list[int]],
-                   size: tuple[int, int], args: argparse.Namespace, device: torch.device, group: Group) -> None:
-    """Write the arrays of a feature folder, but for what an earlier run wrote; each process its share of the batches."""
-    dtype, threads = np.dtype(args.dtype), args.threads or os.cpu_count() or 2
-    if group.main and frames[0].annotation is not None and not partial.has("masks.npy"):
-        write_masks(frames, size, partial.path / "masks.npy", threads)
-        partial.note("masks.npy")
+def write_arrays(place: Path, meta: dict, frames: list[clips.Frame], meaning, featurizer,
+                 device: torch.device, threads: int, group: distributed.Group) -> None:
+    """Write the arrays of a feature folder clip by clip, but for clips that an earlier run finished.
+
+    Each process takes its share of the clips. Raises BadInput for features that do not fit the dtype.
+    """
+    size, rows = tuple(meta["size"]), len(frames)
+    arrays = {level: folder.array_name(level, meta["levels"]) for level in meta["levels"]}
+    if group.main and not (place / "masks.npy").exists() and meaning:
+        folder.make_array(place / "masks.npy", (rows, size[0], -(-size[1] // 8)), "uint8")
     if group.main:
-        for level, shape in shapes.items():  # made at full length by one process, written to by all
-            data.ArrayWriter(partial.path / data.level_file(level, shapes), (len(frames), *shape), dtype).close()
+        for level, shape in meta["levels"].items():
+            folder.make_array(place / arrays[level], (rows, *shape), meta["dtype"])
+            if meta["cues"]:
+                folder.make_array(place / f"cues.{level}.npy", (rows, 4, *shape[1:]), "float16")
     group.wait()
-    writers = [data.ArrayWriter(partial.path / data.level_file(level, shapes), (len(frames), *shape), dtype)
-               for level, shape in shapes.items()]
-    firsts = range(0, len(frames), args.batch_size)[group.rank::group.size]
-    batches = [range(first, min(first + args.batch_size, len(frames))) for first in firsts]
-    todo = [batch for batch in batches if not partial.has_rows(batch[0], len(batch), writers)]
-    if len(todo) < len(batches):
-        print(f"going on from an earlier run: {len(batches) - len(todo)} of {len(batches)} batches are there")
-    images = clips.read_images([frames[index] for batch in todo for index in batch], threads)
-    for batch in progress(todo, "featurize"):
-        levels = run_featurizer(featurizer, [next(images) for _ in batch], size, device)  # [B, C, h, w] each
-        stored = [level.cpu().numpy().astype(dtype) for level in levels]
-        if not all(np.isfinite(level).all() for level in stored):
-            raise BadInput(f"{frames[batch[0]].image}: its features do not fit {args.dtype}, or are not finite; "
-                           "pass --dtype float32 --compute float32")
-        for writer, rows in zip(writers, stored):
-            writer.write(batch[0], rows)
-        partial.note_rows(batch[0], stored)
-    for writer in writers:
-        writer.close()
+
+    ranges = [list(run) for _, run in itertools.groupby(range(rows), lambda row: frames[row].clip)]
+    finished = {line for file in place.glob("finished-*.txt") for line in file.read_text().split()}
+    todo = [run for run in ranges[group.rank::group.size] if str(run[0]) not in finished]
+    if finished:
+        print(f"going on from an earlier run: {len(finished)} of {len(ranges)} clips are there")
+    batch = 4 if device.type == "cpu" else 32
+    shown = clips.read_images([frames[row] for run in todo for row in run], threads)
+    bar = cli.progress(todo, "featurize", sum(map(len, todo)))
+    for run in todo:
+        clip = frames[run[0]]
+        parts = []
+        for first in range(0, len(run), batch):
+            pictures = list(itertools.islice(shown, len(run[first:first + batch])))
+            levels = featurizers.run_featurizer(featurizer, pictures, size, device)
+            parts.append([level.cpu() for level in levels])
+            bar.update(len(pictures))
+        for level, whole in zip(featurizer.levels, map(torch.cat, zip(*parts))):
+            stored = whole.numpy().astype(meta["dtype"])
+            if not np.isfinite(stored).all():
+                raise BadInput(f"{clip.image}: its features do not fit {meta['dtype']}, or are not "
+                               "finite; pass --dtype float32 --compute float32")
+            folder.write_rows(place / arrays[level], run[0], stored)
+            if meta["cues"]:
+                made = cues.clip_cues(torch.from_numpy(stored).to(device)).half().cpu().numpy()
+                folder.write_rows(place / f"cues.{level}.npy", run[0], made)
+        if meaning:
+            packed = clips.read_packed_masks([frames[row] for row in run], meaning, size, threads)
+            folder.write_rows(place / "masks.npy", run[0], np.stack(list(packed)))
+        with open(place / f"finished-{group.rank}.txt", "a", encoding="ascii") as file:
+            file.write(f"{run[0]}\n")
+
+
+def say_foreground(place: Path, frames: list[clips.Frame]) -> None:
+    """Print the share of foreground of all masks, and of the clips that have least and most."""
+    masks = np.load(place / "masks.npy", mmap_mode="r")
+    pixels = np.array([np.bitwise_count(mask).sum(dtype=np.int64) for mask in masks])
+    clip = np.array([frame.clip for frame in frames])
+    has_mask = np.array([frame.annotation is not None for frame in frames])
+    area = masks.shape[1] * masks.shape[2] * 8
+    shares = {name: pixels[has_mask & (clip == name)].mean() / area
+              for name in dict.fromkeys(clip[has_mask].tolist())}
+    least, most = min(shares, key=shares.__getitem__), max(shares, key=shares.__getitem__)
+    whole = pixels[has_mask].mean() / area
+    cli.say(f"foreground: {whole:.1%} of all pixels; {shares[least]:.1%} in {least}, "
+            f"{shares[most]:.1%} in {most}")
+    if not 0.001 <= whole <= 0.9:
+        cli.say(f"warning: {whole:.2%} of all pixels are foreground; are these the right masks?")
 
 
 def main() -> None:
     args = parse_args()
-    account = tracking.from_flags(args)
+    mode = cli.wandb_mode(args.wandb)
     if args.threads:
         torch.set_num_threads(args.threads)
-    group, device = distributed.join(choose_device(args.device))
-    say = print if group.main else (lambda text: None)
-    args.batch_size = args.batch_size or (4 if device.type == "cpu" else 32)
-    root, used = artifacts.fetch(args.data, account)
-    artifact = used and artifacts.plain_name(used)  # davis2016-train
-    split = args.split or (artifact.rpartition("-")[2] if artifact else root.resolve().stem)
-    out = args.out or Path("features") / f"{args.featurizer}-{split}"
-    refuse_existing(out, args.overwrite)
+    threads = args.threads or os.cpu_count() or 2
+    group, device = distributed.join(cli.choose_device(args.device))
 
-    frames = clips.find_frames(root, args.split)[:args.limit]
-    sizes = clips.check_frames(frames)
+    # find the frames, and check them and all else before anything long
+    used: list[str] = []
+    root = cli.fetch(args.data, mode, used)
+    name = used[0].rpartition("/")[2].partition(":")[0].rpartition("-")[2] if used else ""
+    split = args.split or name or root.resolve().stem
+    out = args.out or Path("features") / f"{args.featurizer.replace(':', '-')}-{split}"
+    inputs = [path for path in (root, args.masks) if path]
+    check_output(out, "features", args.overwrite, inputs)
+    frames = clips.find_frames(root, args.split, args.masks)[:args.limit]
+    sizes = clips.check_frames(frames, threads)
     size = args.size or sizes[0]
-    if args.views and frames[0].annotation is None:
+    annotations = [frame.annotation for frame in frames if frame.annotation]
+    meaning = images.decide_meaning(annotations, threads) if annotations else None
+    if args.views and not meaning:
         raise BadInput(f"{root}: has no annotations, and --views are only for training; leave them out")
-    clip_count, frame_count = len({frame.clip for frame in frames}), len(frames)
-    frames += [frame._replace(clip=f"{frame.clip}@{view}", view=view) for view in args.views for frame in frames]
-    sizes *= 1 + len(args.views)
-    featurizer = build_featurizer(args.featurizer, args.levels and args.levels.split(","), args.weights, args.seed,
-                                  choose_compute(args.compute, device))
-    shapes = featurizer.shapes(size)
-    meta = make_meta(args, root, frames, sizes, size, featurizer, shapes, count_flops(featurizer, size))
-    total = sum(len(frames) * int(np.prod(shape)) * np.dtype(args.dtype).itemsize for shape in shapes.values())
-    say(f"{frame_count} frames of {clip_count} clips{''.join(f', and {view}' for view in args.views)}, {size[1]} x {size[0]}; "
-        f"{args.featurizer} on {device} in {meta['preprocessing']['compute']}, "
-        f"{meta['parameters']:,} parameters, {meta['flops_per_frame'] / 1e9:.2f} GFLOP a frame")
-    say(f"levels {', '.join(f'{level} {shape}' for level, shape in shapes.items())}: {total / 1e6:,.0f} MB of {args.dtype}")
+    featurizer = featurizers.build_featurizer(
+        args.featurizer, args.levels, args.weights, featurizers.choose_compute(args.compute, device))
+    seen = [frame._replace(clip=f"{frame.clip}@{view}", view=view)
+             for view in args.views for frame in frames]
+    rows = frames + seen
+    meta = describe(args, root, rows, size, sizes * (1 + len(args.views)), featurizer)
+    total = sum(np.prod(shape) for shape in meta["levels"].values()) * len(rows)
+    total = total * np.dtype(args.dtype).itemsize / 1e6
+    if group.main:
+        also = "".join(f", and {view}" for view in args.views)
+        cli.say(f"{len(frames)} frames of {len({frame.clip for frame in frames})} clips{also}, "
+                f"{size[1]} x {size[0]}; {args.featurizer} on {device} in "
+                f"{meta['preprocessing']['compute']}, {meta['parameters']:,} parameters, "
+                f"{meta['flops_per_frame'] / 1e9:.2f} GFLOP a frame")
+        print(f"levels {', '.join(meta['levels'])}: {total:,.0f} MB of {args.dtype}")
+        if meaning:
+            print(f"masks: {meaning}")
 
-    plan = {**meta, "raw": [relative(frame.image, root) for frame in frames], "batch": args.batch_size}
-    with tracking.start(account if group.main else account._replace(mode="disabled"), "featurize", plain(args)) as tracker:
-        tracker.use(used)
-        started = time.perf_counter()
-        with PartialFolder(out, plan, args.overwrite, group) as partial:
-            write_features(partial, frames, featurizer.to(device), shapes, size, args, device, group)
-            group.wait()
-            if group.main:
-                columns = {"raw": plan["raw"]}
-                if frames[0].annotation is not None:
-                    columns["annotation"] = [relative(frame.annotation, root) for frame in frames if frame.annotation]
-                partial.finish(meta, columns)
-        seconds = time.perf_counter() - started
-        if not group.main:
-            return
-        facts = {key: meta[key] for key in ("featurizer", "levels", "weights", "parameters", "flops_per_frame", "size", "dtype")}
-        tracking.log_features(tracker, out, args.featurizer, split, {**facts, "frames": len(frames)})
-    print(f"seconds: masks and features {seconds:.3f} ({len(frames)} frames)")
-    print(f"wrote {out}: {total / 1e6:,.0f} MB\nnext: python train.py --features {out}")
+    started = time.perf_counter()
+    paths = list_paths(rows, root)
+    with (cli.tracked(mode if group.main else "disabled", "featurize", vars(args), used) as tracker,
+          folder.unfinished_folder(out, args.overwrite, inputs, {**meta, **paths}, group) as place):
+        write_arrays(place, meta, rows, meaning, featurizer.to(device), device, threads, group)
+        group.wait()
+        if group.main:
+            write_json(place / "paths.json", paths)
+            digests = {file.name: sha256(file) for file in sorted(place.glob("*.npy"))}
+            write_json(place / "meta.json", {**meta, "sha256": digests})
+            if meaning:
+                say_foreground(place, rows)
+    if not group.main:
+        return
+    if tracker:
+        from vos import tracking
+        facts = {key: meta[key] for key in ("featurizer", "levels", "weights", "parameters", "size")}
+        tracking.log_features(tracker, out, args.featurizer, split, {**facts, "frames": len(rows)})
+    print(f"seconds: {time.perf_counter() - started:.3f} ({len(rows)} frames)")
+    cli.say(f"wrote {out}: {total:,.0f} MB")
+    cli.say(f"next: python train.py --features {cli.quote(out)}")
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(cli.run(main))

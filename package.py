@@ -11,146 +11,142 @@ import sys
 import zipfile
 from pathlib import Path
 
-import artifacts
-import clips
-import distributed
-import tracking
-from cli import Parser, add_run_flags, one_line, progress, run
-from files import BadInput, cannot_write, plain, read_json, whole_file
 from models import LIMIT
+from vos import cli, distributed
+from vos.images import image_file
+from vos.inputs import BadInput, is_name, opened, read_json
+from vos.outputs import check_output, new_file
 
 EPOCH = (1980, 1, 1, 0, 0, 0)  # every entry's date: the same results give the same bytes
 
 
 def parse_args() -> argparse.Namespace:
-    parser = Parser(__doc__)
-    parser.add_argument("--results", type=str, required=True, help="results folder written by evaluate.py, or wandb:...")
-    parser.add_argument("--out", type=Path, default=None, help="zip to write (default: <results>.zip, in results/ for wandb:...)")
-    tracking.add_tracking_flags(parser)
-    add_run_flags(parser)
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--results", required=True, help="folder written by evaluate.py, or wandb:...")
+    parser.add_argument("--out", type=Path, help="zip to write (default: <results>.zip)")
+    cli.add_run_flags(parser, computes=False)
     return parser.parse_args()
 
 
-def check(folder: Path) -> tuple[list[str], list[str]]:
-    """Return (files of the submission, relative to `folder`; broken rules, a line each)."""
+def check(folder: Path) -> tuple[list[str], dict, list[str]]:
+    """Return (files of the submission, relative to `folder`; metadata; broken rules, a line each)."""
     broken: list[str] = []
-    metadata = read_or_note(folder / "metadata.json", broken)
-    table = read_or_note(folder / "paths.json", broken)
-    paths = check_paths(folder / "paths.json", table, broken) if table is not None else []
-    if metadata is not None:
-        broken += check_metadata(folder / "metadata.json", metadata, len(paths))
-    sizes = expected_sizes(metadata, len(paths))
-    for path, size in progress(zip(paths, sizes), "check", len(paths)):
-        problem = check_output(folder / path, size) if path is not None else None
-        broken += [problem] if problem else []
-    return [*(path for path in paths if path is not None), "paths.json", "metadata.json"], broken
+    metadata = read_object(folder / "metadata.json", broken)
+    table = read_object(folder / "paths.json", broken)
+    outputs = check_paths(folder / "paths.json", table, broken)
+    check_metadata(folder / "metadata.json", metadata, len(outputs), broken)
+
+    sizes = metadata.get("sizes") or [metadata.get("size")] * len(outputs)
+    if not isinstance(sizes, list) or len(sizes) != len(outputs):
+        sizes = [None] * len(outputs)
+    for output, size in cli.progress(list(zip(outputs, sizes)), "check"):
+        try:
+            check_output_file(folder / output, size)
+        except BadInput as error:
+            broken.append(str(error))
+    return [*outputs, "paths.json", "metadata.json"], metadata, broken
 
 
-def read_or_note(file: Path, broken: list[str]):
-    """Return the object that a JSON file holds; None, and a line in `broken`, when it cannot be read or holds something else."""
+def read_object(file: Path, broken: list[str]) -> dict:
+    """Return the object that a JSON file holds; {} and a line in `broken` when it holds none."""
     try:
         value = read_json(file)
-        if not isinstance(value, dict):
-            raise BadInput(f"{file}: expected a JSON object, found something else")
-        return value
+        if isinstance(value, dict):
+            return value
+        broken.append(f"{file}: expected a JSON object, found something else")
     except BadInput as error:
         broken.append(str(error))
-        return None
+    return {}
 
 
-def check_paths(file: Path, table, broken: list[str]) -> list[str | None]:
-    """Return paths.json's output of every index from 0, None for one missing or odd, which is noted."""
-    column = table.get("output") if isinstance(table, dict) else None
+def check_paths(file: Path, table: dict, broken: list[str]) -> list[str]:
+    """Return the outputs that paths.json names rightly, in order; the rest is noted in `broken`."""
+    column = table.get("output")
     if not isinstance(column, dict) or not column:
         broken.append(f'{file}: expected {{"output": {{"0": "outputs/00000.png", ...}}}}')
         return []
-    expected = {str(index) for index in range(len(column))}
-    broken += [f"{file}: index {key!r} is not a number from 0 to {len(column) - 1}" for key in sorted(column.keys() - expected)]
-    broken += [f"{file}: index {key} is missing" for key in sorted(expected - column.keys(), key=int)]
-    keys = sorted(expected, key=int)
-    paths = [column[key] for key in keys if key in column]
-    bad = [path for path in paths if not isinstance(path, str) or not re.fullmatch(r"outputs/[\w.-]+\.png", path)
-           or not clips.is_name(path[8:])]
-    broken += [f"{file}: {path!r} is not a PNG in outputs/" for path in bad]
-    broken += [f"{file}: {path!r} is named {paths.count(path)} times" for path in sorted({p for p in paths if isinstance(p, str)})
-               if paths.count(path) > 1] if len(set(map(str, paths))) < len(paths) else []
-    return [column[key] if key in column and column[key] not in bad else None for key in keys]
+    outputs: list[str] = []
+    wanted = [str(index) for index in range(len(column))]
+    broken += [f"{file}: index {key!r} is not a number from 0 to {len(column) - 1}"
+               for key in sorted(set(column) - set(wanted))]
+    for key in wanted:
+        path = column.get(key)
+        if key not in column:
+            broken.append(f"{file}: index {key} is missing")
+        elif not isinstance(path, str) or not re.fullmatch(r"outputs/[\w.-]+\.png", path, re.ASCII) \
+                or not is_name(path[8:]):
+            broken.append(f"{file}: {path!r} is not a PNG in outputs/")
+        elif path in outputs:
+            broken.append(f"{file}: {path!r} is named more than once")
+        else:
+            outputs.append(path)
+    return outputs
 
 
-def check_metadata(file: Path, metadata, outputs: int) -> list[str]:
-    """Return the rules that metadata.json breaks."""
-    count = metadata.get("nparams") if isinstance(metadata, dict) else None
-    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-        return [f"{file}: 'nparams', the parameters of featurizer and decoder, is missing or not a whole number"]
-    broken = [] if count < LIMIT else [f"{file}: nparams is {count:,}, the contest allows fewer than {LIMIT:,}"]
-    frames = metadata.get("frames")
+def check_metadata(file: Path, metadata: dict, outputs: int, broken: list[str]) -> None:
+    """Note the rules that metadata.json breaks."""
+    count, frames = metadata.get("nparams"), metadata.get("frames")
+    if type(count) is not int or count < 0:
+        broken.append(f"{file}: 'nparams', the parameters of featurizer and decoder, is missing or not "
+                      "a whole number")
+    elif count >= LIMIT:
+        broken.append(f"{file}: nparams is {count:,}, the contest allows fewer than {LIMIT:,}")
     if isinstance(frames, int) and outputs and frames != outputs:
         broken.append(f"{file}: speaks of {frames} frames, but paths.json of {outputs} outputs")
-    return broken
 
 
-def expected_sizes(metadata, count: int) -> list[tuple[int, int] | None]:
-    """Return each output's (H, W) as metadata.json has it; None where it does not say."""
-    metadata = metadata if isinstance(metadata, dict) else {}
-    sizes = metadata.get("sizes") or [metadata.get("size")] * count
-    sizes = [tuple(size) if isinstance(size, list) and len(size) == 2 else None for size in sizes] if isinstance(sizes, list) else []
-    return (sizes + [None] * count)[:count]
+def check_output_file(file: Path, size: list[int] | None) -> None:
+    """Raise BadInput unless an output can be decoded, is 8-bit grey, and of its frame's size."""
+    with image_file(file) as image:
+        found = [image.height, image.width]
+        if image.format != "PNG" or image.mode != "L":
+            raise BadInput(f"{file}: is not an 8-bit grey PNG (mode L)")
+        image.load()
+    if size and found != size:
+        raise BadInput(f"{file}: is {found[1]} x {found[0]}, its frame {size[1]} x {size[0]}")
 
 
-def check_output(file: Path, size: tuple[int, int] | None) -> str | None:
-    """Return the rule that one output breaks: there, decodable, 8-bit grey (mode L), of its frame's size; or None."""
-    if not file.is_file():
-        return f"{file}: no such file, though paths.json names it"
-    try:
-        pixels = clips.decode(file, None)
-    except BadInput as error:
-        return str(error)
-    with open(file, "rb") as handle:
-        head = handle.read(26)
-    if head[:4] != b"\x89PNG" or head[24:26] != b"\x08\x00":  # bit depth 8, colour type 0
-        return f"{file}: is not an 8-bit grey PNG (mode L)"
-    if size and pixels.shape != size:
-        return f"{file}: is {pixels.shape[1]} x {pixels.shape[0]}, its frame {size[1]} x {size[0]}"
-    return None
-
-
-def write_zip(folder: Path, names: list[str], out: Path, overwrite: bool) -> None:
-    """Write the files `names` of `folder` into a zip, whole or not at all; PNGs are packed already and stored as they are."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(out, error) from error
-    with whole_file(out, overwrite) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+def write_zip(folder: Path, names: list[str], file: Path) -> None:
+    """Write files of `folder` into a zip; PNGs are packed already and stored as they are."""
+    with zipfile.ZipFile(file, "w") as archive:
         for name in names:
             entry = zipfile.ZipInfo(name, EPOCH)
             entry.external_attr = 0o644 << 16
-            entry.compress_type = zipfile.ZIP_STORED if name.endswith(".png") else zipfile.ZIP_DEFLATED
-            archive.writestr(entry, (folder / name).read_bytes())
+            packed = name.endswith(".png")
+            entry.compress_type = zipfile.ZIP_STORED if packed else zipfile.ZIP_DEFLATED
+            with opened(folder / name) as source:
+                archive.writestr(entry, source.read())
 
 
 def main() -> int:
     args = parse_args()
-    distributed.refuse_several("package.py")
-    account = tracking.from_flags(args)
-    folder, used = artifacts.fetch(args.results, account)
+    distributed.refuse_several()
+    mode = cli.wandb_mode(args.wandb)
+    used: list[str] = []
+    folder = cli.fetch(args.results, mode, used)
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such results folder; evaluate.py makes one")
-    out = args.out or (Path("results") / f"{artifacts.plain_name(used)}.zip" if used else folder.with_name(folder.name + ".zip"))
-    if out.exists() and not args.overwrite:
-        raise BadInput(f"{out}: is there already; pass --overwrite to replace it, or another --out")
-    names, broken = check(folder)
+    name = used[0].rpartition("/")[2].partition(":")[0] if used else folder.resolve().name
+    out = args.out or (Path("results") if used else folder.parent) / f"{name}.zip"
+    check_output(out, "submission", args.overwrite, [folder])
+
+    names, metadata, broken = check(folder)
     if broken:
-        print("\n".join(map(one_line, broken)), file=sys.stderr)
-        print(f"package.py: {folder} breaks {len(broken)} of the contest's rules; nothing was written", file=sys.stderr)
+        cli.complain("\n".join(map(cli.one_line, broken)))
+        cli.complain(f"package.py: {folder} breaks {len(broken)} of the contest's rules; nothing was "
+                     "written")
         return 1
-    metadata = read_json(folder / "metadata.json")
-    with tracking.start(account, "run-val" if metadata.get("annotated") else "run-test", plain(args)) as tracker:
-        tracker.use(used)
-        write_zip(folder, names, out, args.overwrite)
-        tracking.log_results(tracker, metadata.get("decoder", "model"), {name: folder / name for name in names}, metadata)
-    print(f"wrote {out}: {len(names) - 2} outputs, nparams {metadata['nparams']:,}")
+    job = "run-val" if metadata.get("annotated") else "run-test"
+    with (cli.tracked(mode, job, vars(args), used) as tracker,
+          new_file(out, "submission", args.overwrite, [folder]) as temporary):
+        write_zip(folder, names, temporary)
+        if tracker:
+            from vos import tracking
+            decoder = str(metadata.get("decoder", "model"))
+            tracking.log_results(tracker, decoder, {name: folder / name for name in names}, metadata)
+    cli.say(f"wrote {out}: {len(names) - 2} outputs, nparams {metadata['nparams']:,}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(cli.run(main))

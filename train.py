@@ -1,298 +1,322 @@
 """Train a decoder on a feature folder that sits whole in device memory.
 
-    python train.py --features features/alexnet-train --decoder simple --val-features features/alexnet-val
+    python train.py --features features/alexnet-train --val-features features/alexnet-val
 
 writes runs/simple/: model.pt (the best by val IoU, else the last), log.jsonl, curves.svg, predictions/,
 checkpoints/, and last.pt, from which `--resume runs/simple` goes on after any stop.
+
+B batch, N rows of a feature folder, gh gw the decoder's grid, H W frame.
 """
 import argparse
+import dataclasses
 import itertools
 import math
 import os
 import sys
-import time
 from pathlib import Path
-from typing import Any, cast
 
-import numpy as np
 import torch
 
-import artifacts
-import checkpoints
 import data
-import distributed
-import inference
-import metrics
 import models
-import pictures
-import resident
-import runs
-import tracking
-from cli import Parser, add_run_flags, choose_device, positive_int, progress, run
-from files import plain, refuse_existing, write_json
 from models import DECODERS, Decoder, Recipe
-from optimizer import Adam, learning_rate
+from vos import cli, distributed, metrics, pictures, runs
+from vos.inputs import BadInput
+from vos.layers import count_flops, count_parameters
+from vos.outputs import check_output, write_json
+
+MAY_CHANGE = ("device", "threads", "wandb", "overwrite", "debug", "resume", "out")  # when resuming
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(__doc__)
+def parse_args() -> argparse.Namespace:
+    parser = cli.Parser(__doc__)
     group = parser.add_argument_group("data")
-    group.add_argument("--features", default=None, help="feature folder to train on, written by featurize.py, or wandb:...")
-    group.add_argument("--val-features", default=None, help="feature folder to validate on; the best model by its IoU is kept")
-    group.add_argument("--holdout", type=share, default=0.0,
-                       help="without --val-features: share of the clips kept out to validate on, 0 to 0.9 (default: 0)")
-    group.add_argument("--folds", type=int, default=None, metavar="K",
-                       help="train K times, each time validating on another K-th of the clips, and print the mean")
-    group.add_argument("--levels", default=None, help="comma-separated levels to use (default: all the folder has)")
-    group.add_argument("--resident", choices=resident.RESIDENT, default=None,
-                       help="where features are kept (default: on the device, else host memory, else disk: the first that fits)")
-    group.add_argument("--no-verify", action="store_true", help="skip the SHA-256 check of the features")
+    group.add_argument("--features", help="feature folder to train on, or wandb:...")
+    group.add_argument("--val-features", help="feature folder to validate on: the best model is kept")
+    group.add_argument("--holdout", type=cli.number(0, 0.9), default=0.0,
+                       help="without it: share of the clips kept out to validate on (default: 0)")
+    group.add_argument("--folds", type=cli.count(1000, least=2), metavar="K",
+                       help="train K times, validating on another K-th of the clips each time")
+    group.add_argument("--levels", type=cli.parse_levels,
+                       help="comma-separated levels to use (default: all that the folder has)")
+    group.add_argument("--resident", choices=["device", "disk"],
+                       help="where features are kept (default: on the device, if they fit)")
     group = parser.add_argument_group("model")
     group.add_argument("--decoder", choices=list(DECODERS), default="simple", help="(default: simple)")
-    group.add_argument("--compile", action="store_true", help="run the decoder through torch.compile")
-    group.add_argument("--amp", action="store_true", help="run the decoder in bfloat16 autocast")
-    group.add_argument("--deterministic", action="store_true",
-                       help="the same bytes from the same command on CUDA too, as always on the CPU; may be slower there")
-    group = parser.add_argument_group("optimisation (default: the decoder's own recipe in models.py)")
-    group.add_argument("--steps", type=positive_int, default=None, help="optimiser steps")
-    group.add_argument("--batch-size", type=positive_int, default=None, help="frames a step")
-    group.add_argument("--lr", type=float, default=None, help="learning rate, the highest of a schedule")
-    group.add_argument("--optimizer", choices=["adam", "adamw"], default=None)
-    group.add_argument("--weight-decay", type=float, default=None, help="of adamw")
-    group.add_argument("--schedule", choices=["constant", "onecycle"], default=None)
-    group.add_argument("--shuffle", action=argparse.BooleanOptionalAction, default=None, help="draw an order each epoch")
-    group.add_argument("--balanced", action=argparse.BooleanOptionalAction, default=None,
-                       help="with --shuffle: draw a batch's frames from as many clips as it can")
-    group.add_argument("--clip-gradient", type=float, default=None, help="largest norm of the gradients, 0 for no limit")
-    group.add_argument("--ema", type=share, default=None, help="decay of the moving average of the weights, 0 for none")
-    group.add_argument("--patience", type=positive_int, default=None,
-                       help="stop after this many validations without a better one (default: never)")
+    group.add_argument("--compile", action="store_true", help="run it through torch.compile")
+    group.add_argument("--amp", action="store_true", help="run it in bfloat16 autocast")
+    group = parser.add_argument_group("recipe (default: the decoder's own, in models.py)")
+    for field in dataclasses.fields(Recipe):
+        group.add_argument("--" + field.name.replace("_", "-"), **field.metadata)
     group = parser.add_argument_group("log")
-    group.add_argument("--out", type=Path, default=None, help="run folder to write (default: runs/<decoder>)")
-    group.add_argument("--resume", type=Path, default=None, metavar="RUN", help="go on with the run in this folder")
-    group.add_argument("--args", type=Path, default=None, metavar="FILE", help="repeat the run of an args.json, into --out")
-    group.add_argument("--log-every", type=positive_int, default=None, help="steps (default: a tenth of --steps)")
+    group.add_argument("--seed", type=cli.count(2**31, least=0), default=0,
+                       help="of everything random (default: 0)")
+    group.add_argument("--out", type=Path, help="run folder to write (default: runs/<decoder>)")
+    group.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
+    group.add_argument("--log-every", type=cli.count(10**9), help="steps (default: a tenth of them)")
     group.add_argument("--no-pictures", action="store_true", help="write no overlays and no curves")
-    group.add_argument("--log-gradients", action="store_true", help="histograms of gradients, on Weights & Biases")
-    tracking.add_tracking_flags(parser)
-    add_run_flags(parser)
-    args = parser.parse_args(argv)
-    if args.resume or args.args:
-        return runs.recall(args, parser)
-    if args.features is None:
-        parser.error("--features is required: a folder written by featurize.py")
+    cli.add_run_flags(parser)
+
+    args = parser.parse_args()
+    if args.resume:
+        args = runs.recall(args.resume, parser, args, MAY_CHANGE)
+    if not args.features:
+        parser.error("--features: expected a folder written by featurize.py, or wandb:...")
+    if bool(args.val_features) + bool(args.holdout) + bool(args.folds) > 1:
+        parser.error("--val-features, --holdout, --folds: each says what to validate on; pass one")
     return args
 
 
-def share(text: str) -> float:
-    """Parse a share of at least 0 and below 1 (argparse type)."""
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"expected a share from 0 up to, not including, 1, found {text}")
-    return value
+# --- the training ------------------------------------------------------------------------------
 
 
-def choose_recipe(args: argparse.Namespace) -> Recipe:
-    """The decoder's recipe with what the flags say instead."""
-    flags = {"steps": args.steps, "batch": args.batch_size, "lr": args.lr, "optimizer": args.optimizer, "ema": args.ema,
-             "weight_decay": args.weight_decay, "schedule": args.schedule, "shuffle": args.shuffle, "balanced": args.balanced,
-             "clip_gradient": args.clip_gradient}
-    return DECODERS[args.decoder].recipe._replace(**{name: value for name, value in flags.items() if value is not None})
+def make_optimizer(decoder: Decoder, recipe: Recipe) -> torch.optim.Optimizer:
+    """Return what changes the weights: anything with param_groups, zero_grad() and step() will do."""
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer]
+    return kind(decoder.parameters(), recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+
+
+def make_schedule(optimizer, recipe: Recipe) -> torch.optim.lr_scheduler.LRScheduler | None:
+    """Return what changes the learning rate after each step; None for a constant one.
+
+    onecycle: Smith and Topin, "Super-Convergence", 2018. It rises for a tenth of the steps, two at least.
+    """
+    if recipe.schedule == "constant":
+        return None
+    steps = recipe.steps + 1  # so that the last step still moves
+    rise = max(0.1, min(2 / steps, 0.9))
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, steps, pct_start=rise)
+
+
+def fit(decoder: Decoder, training: data.Features, validation: data.Features | None = None,
+        recipe: Recipe | None = None, out: Path | None = None, *, seed: int = 0,
+        log_every: int | None = None, facts: dict | None = None, resume: bool = False,
+        amp: bool = False, compiled: bool = False, draw: bool = True,
+        group: distributed.Group = distributed.ALONE, tracker=None) -> float | None:
+    """Train a decoder in place; return the best IoU on `validation`, or None without.
+
+    training, validation: features with masks. recipe: None for the decoder's own. out: the run folder to
+    write (None: write nothing), with `facts` kept in model.pt; resume: go on from its last.pt. log_every:
+    steps between two lines of the log, at which it also validates and saves. draw: write pictures. tracker:
+    the run on Weights & Biases. Raises BadInput when the decoder does not fit, FloatingPointError when the
+    loss is not finite.
+    """
+    recipe = recipe or decoder.recipe
+    log_every = log_every or max(1, recipe.steps // 10)
+    device = training.device
+    decoder.to(device).standardise(training)
+    check_decoder(decoder, training)
+    targets = data.pool_masks(training, decoder.cells)  # [N, gh, gw]
+    clips = training.folder.clips[training.index]
+    optimizer = make_optimizer(decoder, recipe)
+    schedule = make_schedule(optimizer, recipe)
+
+    parts = {"decoder": decoder, "optimizer": optimizer, **({"schedule": schedule} if schedule else {})}
+    state = {"step": 0, "best": -1.0, "losses": []}
+    if resume:
+        state = runs.load_state(out, parts, state, write=group.main)
+    best, losses = state["best"], [loss.to(device) for loss in state["losses"]]
+    forward = torch.compile(group.wrap(decoder)) if compiled else group.wrap(decoder)
+    bar = cli.progress(range(state["step"], recipe.steps), "train")
+
+    decoder.train()
+    with runs.StopSignal() as stop:
+        for step in bar:
+            # the batch: its order and noise depend on (seed, step) alone, so a resumed run is the same
+            torch.manual_seed(seed + 1 + step)
+            order = data.batch_order(clips, recipe.batch_size, recipe.order, seed, step)
+            rows = training.index[order[group.rank::group.size]]
+            levels, target = training.batch(rows), data.rows_of(targets, rows)
+
+            # forward, loss, backward, step
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                loss = decoder.loss(forward(levels), target).sum() / len(order)
+            optimizer.zero_grad()
+            (loss * group.size).backward()  # several processes average their gradients
+            if recipe.clip_gradient:
+                torch.nn.utils.clip_grad_norm_(decoder.parameters(), recipe.clip_gradient)
+            lr = optimizer.param_groups[0]["lr"]
+            optimizer.step()
+            if schedule:
+                schedule.step()
+            losses.append(loss.detach())
+
+            # log, validate, save: only here does the host wait for the device
+            due = step % log_every == 0 or step + 1 == recipe.steps
+            if due:
+                row = {"step": step, "loss": mean_loss(losses, step, group), "lr": lr}
+                if validation:
+                    row["val_iou"] = validate(decoder, validation, group)
+                is_best = row.get("val_iou", math.inf) > best
+                best, losses = max(best, row.get("val_iou", best)), []
+                if group.main and out:
+                    save(out, row, decoder, training, validation, facts or {}, is_best, draw, tracker)
+            if out and group.main and (due or stop.number):
+                runs.save_state(out, parts, {"step": step + 1, "best": best, "losses": losses})
+            if stop.number:
+                raise stop.stopped(out, step)
+
+    decoder.eval()
+    return best if validation else None
+
+
+def check_decoder(decoder: Decoder, training: data.Features) -> None:
+    """Raise BadInput unless the decoder gives its grid for a frame of the training features."""
+    decoder.eval()
+    with torch.no_grad():
+        found = list(decoder(training.batch(training.index[:1])).shape)
+    wanted = [1, *decoder.grid]
+    if found != wanted:
+        raise BadInput(f"decoder {type(decoder).__name__}: its forward gives {found} for one frame; "
+                       f"expected {wanted}, its grid")
+
+
+def mean_loss(losses: list[torch.Tensor], step: int, group: distributed.Group) -> float:
+    """Return the mean of the losses up to `step`. Raises FloatingPointError at one that is not finite."""
+    values = group.sum(torch.stack(losses)).tolist()
+    bad = [step + 1 - len(values) + number for number, value in enumerate(values)
+           if not math.isfinite(value)]
+    if bad:
+        raise FloatingPointError(f"the loss is not finite at step {bad[0]}; the last good checkpoint is "
+                                 "kept; try a lower --lr")
+    return sum(values) / len(values)
 
 
 @torch.no_grad()
-def validate(decoder: Decoder, split: resident.Split) -> float:
-    """Return the contest's mean IoU of the decoder on a split (at the size the featurizer saw)."""
-    decoder.eval()
-    group, device, own = split.features.group, split.features.device, split.own()
-    total, count = torch.zeros(2, device=device).unbind()
-    predictions = inference.predict(decoder, split.features, own)
-    for index in own.split(32):
-        pixels = torch.stack(list(itertools.islice(predictions, len(index))))
-        masks = resident.gather(split.masks, index, device, group)
-        iou = metrics.contest_iou(metrics.pack(metrics.foreground(pixels)), masks)
-        total += iou.nansum().to(total.dtype)
-        count += iou.isfinite().sum()
-    group.sum(total, count)
+def validate(decoder: Decoder, features: data.Features, group=distributed.ALONE) -> float:
+    """Return the contest's mean IoU over frames, at the size that the featurizer saw."""
+    rows = features.index[group.rank::group.size]
+    predictions = models.predict(decoder, features, rows)
+    total = torch.zeros(2, device=features.device)
+    for part in rows.split(32):
+        pixels = torch.stack(list(itertools.islice(predictions, len(part))))
+        packed = data.rows_of(features.masks, part).to(features.device)
+        masks = data.unpack(packed, pixels.shape[2])
+        iou = metrics.contest_iou(metrics.foreground(pixels), masks)
+        total += torch.stack([iou.nansum(), iou.isfinite().sum()]).to(total.dtype)
     decoder.train()
-    return float(total / count.clamp_min(1))
+    added, frames = group.sum(total).tolist()
+    return added / max(frames, 1)
 
 
-def train(args: argparse.Namespace, recipe: Recipe, training: resident.Split, validation: resident.Split | None, levels: list[str],
-          out: Path, account: tracking.Account, used: list[str | None]) -> tuple[float | None, Decoder]:
-    """Train one decoder and write its run folder. Returns the best val IoU (None without validation) and the decoder."""
-    folder, device, group = training.folder, training.features.device, training.features.group
-    frames, log_every = len(training.index), args.log_every or max(1, recipe.steps // 10)
-    shapes = {level: tuple(folder.meta["levels"][level]) for level in levels}
-    torch.manual_seed(args.seed)  # immediately before the decoder: its first weights are a function of the seed alone
-    decoder = models.make_decoder(args.decoder, shapes, folder.size).to(device)
-    decoder.standardise(training.features, training.index)
-    description = checkpoints.describe(args.decoder, folder, levels)
-    if group.main:
-        print_rules(decoder, description, recipe, frames)
-
-    optimizer = Adam(decoder.parameters(), recipe.weight_decay, decoupled=recipe.optimizer == "adamw")
-    average = torch.optim.swa_utils.AveragedModel(
-        decoder, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.ema)) if recipe.ema else None
-    parts: runs.Parts = {"decoder": decoder, "optimizer": optimizer} | ({"average": average} if average else {})
-    state: dict[str, Any] = {"step": 0, "best": -1.0, "since_best": 0, "total": torch.zeros((), device=device), "count": 0}
-    if args.resume:
-        runs.load_state(out, parts, state, group)
-    forward = torch.compile(decoder) if args.compile else decoder
-    kept: Decoder = cast(Decoder, average.module) if average else decoder  # what is validated and saved
-
-    rows, columns = decoder.cells()
-    area = (torch.bincount(rows)[:, None] * torch.bincount(columns) / math.prod(folder.size)).to(device)  # [gh, gw]
-    has_ended = args.patience and state["since_best"] >= args.patience  # and was killed before it could say so
-    steps = range(state["step"], state["step"] if has_ended else recipe.steps)
-    clips = np.array(folder.meta["clips"])[training.index.numpy()]
-    seed = args.seed if recipe.shuffle else None
-    orders = (resident.batch_order(step, clips, recipe.batch, seed, recipe.balanced) for step in steps)
-    batches = resident.batches(training, orders, (rows, columns))
-    config = {**plain(args), **recipe._asdict(), "frames": frames}
-    with runs.StopSignal() as stop, runs.open_tracker(account, config, out, args, group) as tracker:
-        for name in used:
-            tracker.use(name)
-        if args.log_gradients:
-            tracker.watch(decoder, log_every)
+def save(out: Path, row: dict, decoder: Decoder, training: data.Features,
+         validation: data.Features | None, facts: dict, is_best: bool, draw: bool, tracker) -> None:
+    """Write what a log point leaves: a checkpoint, a line of the log, a picture."""
+    step = row["step"]
+    description = models.describe(decoder, training.folder, training.names) | facts | {"step": step}
+    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+    models.save_model(out / f"checkpoints/model-{step:08d}.pt", description, decoder)
+    if is_best:
+        models.save_model(out / "model.pt", description, decoder)
+    runs.append_log(out, row)
+    if tracker:
+        tracker.log({key: value for key, value in row.items() if key != "step"}, step)
+    if draw:
+        shown = (validation or training).without_views()
+        middle = shown.index[len(shown.index) // 2:][:1]
+        pixels = next(models.predict(decoder, shown, middle)).cpu()
         decoder.train()
-        started, seen = time.perf_counter(), 0
-        for step, batch in zip(progress(steps, "train"), batches):
-            torch.default_generator.manual_seed(args.seed + 1 + step)  # what is random in a step depends on these alone
-            if device.type != "cpu":  # (torch.manual_seed seeds every kind of device: half a millisecond)
-                torch.get_device_module(device).manual_seed(args.seed + 1 + step)
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                output = forward(batch.levels)  # [B, gh, gw]
-                loss = decoder.loss(output, batch.target, area).sum() / batch.size
-            decoder.zero_grad()
-            loss.backward()
-            group.sum_gradients(decoder)
-            if recipe.clip_gradient:
-                torch.nn.utils.clip_grad_norm_(decoder.parameters(), recipe.clip_gradient)
-            lr, beta1 = learning_rate(recipe.schedule, recipe.lr, step, recipe.steps)
-            optimizer.step(lr, beta1)
-            if average:
-                average.update_parameters(decoder)
-            state["total"] += loss.detach()
-            state["count"] += 1
-            state["step"] = step + 1
-            seen += batch.size
-
-            logging = step % log_every == 0 or step + 1 == recipe.steps
-            if logging:  # here, and only here, the host waits for the device
-                group.sum(state["total"])
-                row = {"loss": float(state["total"]) / state["count"], "lr": lr}
-                state["total"].zero_()
-                state["count"] = 0
-                seconds = time.perf_counter() - started
-                if validation:
-                    row["val_iou"] = validate(kept, validation)
-                    state["since_best"] = 0 if row["val_iou"] > state["best"] else state["since_best"] + 1
-                is_best = not validation or state["since_best"] == 0
-                state["best"] = row.get("val_iou", -1.0) if is_best else state["best"]
-                if group.main:
-                    runs.save_checkpoint(out, step, {**description, "step": step}, kept, is_best)
-                    timings = {"seconds": round(seconds, 3), "frames_per_second": round(seen / seconds, 1)}
-                    tracker.log(step, row, timings)
-                    runs.append_line(out / runs.TIMES, {"step": step, **timings})
-                    if not args.no_pictures:
-                        runs.write_overlay(out, step, kept, validation or training, tracker)
-                    runs.save_state(out, parts, state)
-            if args.patience and state["since_best"] >= args.patience:
-                break
-            if stop.asked(group, logging):
-                raise runs.stop_here(out, parts, state, step, stop, group)
-        best = state["best"] if validation else None
-        metadata = {"val_iou": best, "nparams": models.count_all(decoder, description), "steps": state["step"], **config}
-        tracker.summary({key: metadata[key] for key in ("val_iou", "nparams")})
-        tracking.log_model(tracker, args.decoder, out / "model.pt", sorted((out / "checkpoints").glob("*.pt")), metadata)
-    if group.main and not args.no_pictures:
+        mask = data.unpack(data.rows_of(shown.masks, middle).cpu(), pixels.shape[1])[0].numpy()
+        prediction = metrics.foreground(pixels.numpy())
+        file = out / f"predictions/{step:08d}.png"
+        frame = runs.write_overlay(file, shown.folder, int(middle), prediction, mask)
         pictures.write_curves(out / "curves.svg", runs.read_log(out))
-    return best, kept
+        if tracker:
+            tracker.image(step, frame, prediction, mask, shown.folder.meta["clips"][int(middle)])
 
 
-# --- around the loop ---------------------------------------------------------------------------
+# --- the command -------------------------------------------------------------------------------
 
 
-def print_rules(decoder: Decoder, description: dict, recipe: Recipe, frames: int) -> None:
-    """Print what the contest asks of a model: its size, and what a frame costs."""
-    own, total = models.count_parameters(decoder), models.count_all(decoder, description)
-    flops = models.count_flops(decoder, description["shapes"])
-    print(f"{description['decoder']} on {description['featurizer']}: {total:,} parameters ({own:,} in the decoder) of at most "
-          f"{models.LIMIT - 1:,}; {(description['featurizer_flops'] + flops) / 1e9:.2f} GFLOP a frame ({flops / 1e9:.3f} in the decoder)")
-    print(f"{recipe.steps} steps of {recipe.batch} from {frames} frames: {recipe.optimizer}, lr {recipe.lr:g} {recipe.schedule}")
+def choose_recipe(args: argparse.Namespace) -> Recipe:
+    """Return the decoder's recipe with what the flags say instead."""
+    flags = {field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)}
+    said = {name: value for name, value in flags.items() if value is not None}
+    return dataclasses.replace(DECODERS[args.decoder].recipe, **said)
+
+
+def choose_held_out(features: data.Features, args: argparse.Namespace) -> list[list[str]]:
+    """Return the names of the clips to validate on, for each training: one, or one for each fold."""
+    clips = features.folder.clips[features.index]
+    there = len(set(clips.tolist()))
+    if there < (args.folds or (2 if args.holdout else 1)):
+        raise BadInput(f"{features.folder.path}: has {there} labelled clips, too few to hold some out")
+    if args.folds:
+        return data.draw_clips(clips, args.folds, args.seed)
+    count = min(max(1, round(args.holdout * there)), there - 1) if args.holdout else 0
+    return [sum(data.draw_clips(clips, there, args.seed)[:count], [])]
 
 
 def main() -> None:
     args = parse_args()
-    account = tracking.from_flags(args)
+    mode = cli.wandb_mode(args.wandb)
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when CUDA starts, and adds in a fixed order
-        torch.use_deterministic_algorithms(True)
-    group, device = distributed.join(choose_device(args.device))
+    group, device = distributed.join(cli.choose_device(args.device))
     recipe = choose_recipe(args)
-    out = args.out or Path("runs") / (tracking.sweep_run_id() or args.decoder)
-    fetched = [artifacts.fetch(source, account) for source in (args.features, args.val_features) if source]
-    folders = [data.open_features(path) for path, _ in fetched]
-    used = [name for _, name in fetched]
-    if used[0]:  # --resume and --args go on with this version, whatever its alias has come to mean
-        args.features = f"wandb:{used[0]}"
-    if args.val_features and used[1]:
-        args.val_features = f"wandb:{used[1]}"
-    if args.resume or args.args:
-        runs.check_same_data(args, folders)
-    levels = args.levels.split(",") if args.levels else list(folders[0].meta["levels"])
+    out = args.out or Path("runs") / os.environ.get("WANDB_RUN_ID", args.decoder)
+
+    # open what the flags name, and check that it fits together
+    used: list[str] = []
+    paths = [cli.fetch(source, mode, used) for source in (args.features, args.val_features)]
+    folders = [data.open_features(path) for path in paths if path]
+    decoder = models.make_decoder(args.decoder, folders[0], args.levels, args.seed)
+    levels = args.levels or list(folders[0].shapes)
+    description = models.describe(decoder, folders[0], levels)
     for folder in folders:
-        data.check_levels(folder, levels)
-    checkpoints.check_same_features(folders, levels)
-    clips = folders[0].sources
-    folds = resident.fold_clips(clips, args.folds, args.seed) if args.folds else []
-    apart = resident.split_clips(clips, args.holdout, args.seed) if args.holdout and len(folders) == 1 else None
-    models.make_decoder(args.decoder, {level: tuple(folders[0].meta["levels"][level]) for level in levels}, folders[0].size)  # or BadInput
-    if not args.resume and group.main:
-        refuse_existing(out, args.overwrite)
-    place = resident.choose_resident(args.resident, folders, levels, device, group)
+        folder.check_fit(description, folders[0].path, decoder.cues > 0)
+    inputs = [folder.path for folder in folders]
+    if args.resume:
+        runs.check_same_features(out, folders)
+    elif group.main:
+        check_output(out, "run", args.overwrite, inputs)
+    features = [data.load_features(folder, levels, decoder.cues > 0, device, args.resident)
+                for folder in folders]
+    held_out = choose_held_out(features[0], args)
+
+    own = count_parameters(decoder)
+    flops = count_flops(decoder, [level.shape[1:] for level in features[0].levels])
     if group.main:
-        total = sum(folder.files[level].stat().st_size for folder in folders for level in levels)
-        print(f"{' and '.join(str(folder.path) for folder in folders)}: levels {', '.join(levels)}, {total / 1e6:,.0f} MB "
-              f"to {'disk (read as needed)' if place == 'disk' else device if place == 'device' else 'host memory'}")
-    splits = [resident.load_split(folder, levels, device, place, not args.no_verify, group) for folder in folders]
-    splits = [split._replace(features=models.look_at_clips(args.decoder, split.features, split.folder.meta["clips"], split.folder, levels))
-              for split in splits]
+        print(f"{args.decoder} on {description['featurizer']}, {device}: "
+              f"{own + description['featurizer_parameters']:,} parameters ({own:,} in the decoder) of "
+              f"at most {models.LIMIT - 1:,}; {(flops + description['featurizer_flops']) / 1e9:.2f} "
+              f"GFLOP a frame ({flops / 1e9:.3f} in the decoder)")
+        print(f"{recipe.steps} steps of {recipe.batch_size} from {len(features[0].index)} frames: "
+              f"{recipe.optimizer}, lr {recipe.lr:g} {recipe.schedule}, order {recipe.order}")
 
-    with runs.own_folder(out, fresh=not args.resume, group=group):
-        if not args.resume and group.main:
-            runs.write_args(args, recipe, folders, out)
-        training, validation = splits[0], resident.without_views(splits[1]) if len(splits) > 1 else None
-        if folds:
-            train_folds(args, recipe, training, folds, levels, out, account, used)
-            return
-        if apart:
-            kept, held = (resident.select(training, index) for index in apart)
-            training, validation = kept, resident.without_views(held)
-        best, _ = train(args, recipe, training, validation, levels, out, account, used)
-    if group.main:
-        print(f"wrote {out}: model.pt" + (f", val IoU {best:.4f}" if best is not None else ""))
-        print(f"next: python evaluate.py --model {out} --features {args.val_features or 'FEATURES'}")
+    # train once, or once for each fold
+    command = runs.describe_command(args, dataclasses.asdict(recipe), folders, used)
+    logged = cli.tracked(mode if group.main else "disabled", "train", command, used)
+    results = []
+    with runs.open_run(out, command, args.overwrite, inputs, bool(args.resume), group), logged as log:
+        for number, held in enumerate(held_out):
+            training, validation = features[0].hold_out(held) if held else (features[0], None)
+            if len(features) > 1:
+                validation = features[1].without_views()
+            place = out / f"fold-{number}" if args.folds else out
+            decoder = models.make_decoder(args.decoder, folders[0], levels, args.seed)
+            facts = {"recipe": command["recipe"], "code": command["code"], "held_out": held,
+                     "clips": sorted(set(training.folder.clips[training.index].tolist()))}
+            best = fit(decoder, training, validation, recipe, place, seed=args.seed, facts=facts,
+                       log_every=args.log_every, resume=bool(args.resume), amp=args.amp,
+                       compiled=args.compile, draw=not args.no_pictures, group=group, tracker=log)
+            results.append(validate(decoder, validation, group) if args.folds else best)
+        if log and not args.folds:
+            from vos import tracking
+            facts |= {"val_iou": best, "nparams": own + description["featurizer_parameters"]}
+            saved = sorted((out / "checkpoints").glob("*.pt"))
+            tracking.log_model(log, args.decoder, out / "model.pt", saved, facts)
 
-
-def train_folds(args, recipe: Recipe, training: resident.Split, folds: list[np.ndarray], levels: list[str], out: Path,
-                account, used) -> None:
-    """Train --folds times, each validating on other clips, and print and write the mean IoU over all frames' folds."""
-    ious = []
-    for fold, held in enumerate(folds):
-        kept = np.setdiff1d(np.arange(training.folder.frames), held)
-        validation = resident.without_views(resident.select(training, held))
-        runs.prepare_folder(out / f"fold-{fold}")
-        best, decoder = train(args, recipe, resident.select(training, kept), validation, levels, out / f"fold-{fold}", account, used)
-        ious.append(validate(decoder, validation))
-        print(f"fold {fold}: val IoU {ious[-1]:.4f} at the last step, {best:.4f} at the best")
-    if training.features.group.main:
-        write_json(out / "folds.json", {"val_iou": ious, "mean": float(np.mean(ious))})
-        print(f"wrote {out}: mean IoU of {args.folds} folds {np.mean(ious):.4f} at the last step")
+    if group.main and args.folds:
+        mean = sum(results) / len(results)
+        write_json(out / "folds.json", {"val_iou": results, "mean": mean, "held_out": held_out})
+        cli.say(f"wrote {out}: val IoU {mean:.4f}, the mean of {args.folds} folds at the last step ("
+                f"{' '.join(f'{iou:.4f}' for iou in results)})")
+    elif group.main:
+        cli.say(f"wrote {out}: model.pt" + ("" if best is None else f", val IoU {best:.4f}"))
+        there = cli.quote(args.val_features or args.features)
+        cli.say(f"next: python evaluate.py --model {cli.quote(out)} --features {there}")
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(cli.run(main))

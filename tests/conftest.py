@@ -1,7 +1,7 @@
-"""How many threads a process of the tests takes, and fixtures of the tests that run the Weights & Biases client."""
+"""Threads of a process of tests, and fixtures of the tests that run the Weights & Biases client."""
 import os
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # several run side by side: one thread each, before PyTorch is imported and reads it
+if "PYTEST_XDIST_WORKER" in os.environ:  # several run side by side: one thread each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -10,7 +10,7 @@ import wandb_world
 
 @pytest.fixture
 def own_world(tmp_path, monkeypatch):
-    """Everything the client keeps goes under tmp_path, nothing of the user's is read, and no other host is tried."""
+    """The client keeps all under tmp_path, reads nothing of the user's, and tries no other host."""
     wandb = pytest.importorskip("wandb", reason="needs the wandb client: pip install wandb")
     wandb_world.isolate(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Running a script in a fork of this process, so that it can be killed, stopped or starved at a chosen moment.
+"""Running a script in a fork of this process, to be killed, stopped or starved at a chosen moment.
 
 A fork has everything imported, so that hundreds of runs cost what a few processes would.
 """
@@ -15,7 +15,8 @@ import torch
 from helpers import Result, call
 
 SECONDS = 180  # that a run may take on a busy machine
-WRITES = ("open", "os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")  # what Python tells an audit hook
+# what Python tells an audit hook
+WRITES = ("open", "os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
 
 
 class Running(NamedTuple):
@@ -63,8 +64,9 @@ def forked(name: str, *flags, prepare: Callable[[], None] = lambda: None) -> Res
 
 
 def at_write(root: Path, number: int, then: int) -> Callable[[], None]:
-    """Return what to prepare a fork with so that it sends itself the signal `then` just before its write `number` below `root`.
+    """Return what to prepare a fork with, so that it sends itself the signal `then` at a write.
 
+    The signal comes just before its write `number` below `root`.
     Writes count from 0: opening a file to write, renaming, linking, removing and making folders.
     """
     def prepare() -> None:
@@ -81,17 +83,23 @@ def at_write(root: Path, number: int, then: int) -> Callable[[], None]:
 
 
 def is_write(event: str, arguments: tuple) -> bool:
-    return event != "open" or bool((arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC))
+    changes = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+    return event != "open" or bool((arguments[2] or 0) & changes)
 
 
 def below(path, root: Path) -> bool:
     """Whether a path of an audit event, not a file descriptor, is in `root`."""
-    return isinstance(path, str | bytes | os.PathLike) and os.path.abspath(os.fsdecode(path)).startswith(str(root))
+    if not isinstance(path, str | bytes | os.PathLike):
+        return False
+    return os.path.abspath(os.fsdecode(path)).startswith(str(root))
 
 
 @contextlib.contextmanager
 def stopped_at(root: Path, number: int, name: str, *flags) -> Iterator[Running]:
-    """A context in which a fork runs the script and stands still just before its write `number`; it goes on at the end."""
+    """A context in which a fork runs the script and stands still just before its write `number`.
+
+    It goes on at the end.
+    """
     running = start(name, *flags, prepare=at_write(root, number, signal.SIGSTOP))
     deadline = time.monotonic() + SECONDS
     while os.waitpid(running.pid, os.WUNTRACED | os.WNOHANG) == (0, 0):

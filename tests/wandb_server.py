@@ -1,14 +1,14 @@
-"""A small Weights & Biases server on loopback: enough for the real client to log a run and move artifacts.
+"""A small Weights & Biases server on loopback: the real client logs runs and moves artifacts.
 
 It answers the client's GraphQL operations by name, takes and gives files at "signed" URLs on
-itself, and collects the file stream of each run. Everything is in memory and ends with the process:
+itself, and collects the file stream of each run. All is in memory and ends with the process:
 
     with WandbServer() as server:
         ...  # run the client with WANDB_BASE_URL=server.url and WANDB_API_KEY=server.key
         server.runs, server.artifact("name:latest"), server.operations
 
-`server.failing = {"storage": 403}` answers with that status from now on, for any of graphql, stream
-(metrics) and storage (files). `server.stop()` refuses connections.
+`server.failing = {"storage": 403}` answers with that status from now on, for graphql, stream
+(metrics) or storage (files). `server.stop()` refuses connections.
 """
 import base64
 import gzip
@@ -26,23 +26,26 @@ KEY = "0123456789abcdef0123456789abcdef01234567"  # forty characters, as the cli
 class WandbServer:
     """The server and what it was told.
 
-    runs       {run id: {"project", "job_type", "config", "history" (rows), "summary", "uses" (artifact ids), "exit"}}
-    artifacts  {artifact id: {"project", "name", "type", "version", "aliases", "metadata", "run", "state", "digest"}}
+    runs       {run id: {project, job_type, config, history (rows), summary, uses, exit}}
+    artifacts  {id: {project, name, type, version, aliases, metadata, run, state, digest}}
     files      {key: bytes}, everything that was PUT under /storage/<key>
-    operations [name of each GraphQL operation, in order]; those it has no answer to are also in `unknown`
+    operations [name of each GraphQL operation]; those without an answer are also in `unknown`
     keys       {part of the server: the set of Authorization headers that clients showed it}
     """
 
     def __init__(self):
         self.key, self.failing = KEY, {}
         self.runs, self.artifacts, self.files = {}, {}, {}
-        self.sweep, self.planned, self.handed = None, [], None
-        self.operations, self.unknown, self.keys = [], [], {"graphql": set(), "files": set(), "storage": set()}
+        self.operations, self.unknown = [], []
+        self.keys = {"graphql": set(), "files": set(), "storage": set()}
         self.lock = threading.Lock()
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"server_state": self}))
+
+        handler = type("BoundHandler", (Handler,), {"server_state": self})
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
-        self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        poll = {"poll_interval": 0.05}
+        self.thread = threading.Thread(target=self.http.serve_forever, kwargs=poll, daemon=True)
 
     def __enter__(self):
         self.thread.start()
@@ -58,17 +61,21 @@ class WandbServer:
 
     # What tests put there and ask.
 
-    def publish(self, name, type, contents, project="davis", metadata=None):
-        """Add a committed version of artifact `name` as if a client had logged it: contents {entry path: bytes}."""
+    def publish(self, name, type, contents, project="davis"):
+        """Add a version of artifact `name` as if a client had: contents {entry path: bytes}."""
         created = self.do_CreateArtifact({"input": {
-            "projectName": project, "artifactCollectionName": name, "artifactTypeName": type, "digest": "0",
-            "aliases": [{"alias": "latest"}], "metadata": json.dumps(metadata or {})}})
+            "projectName": project, "artifactCollectionName": name, "artifactTypeName": type,
+            "digest": "0", "aliases": [{"alias": "latest"}]}})
         artifact = self.artifacts[created["createArtifact"]["artifact"]["id"]]
-        digests = {path: base64.b64encode(hashlib.md5(data).digest()).decode() for path, data in contents.items()}
-        entries = {path: {"digest": digests[path], "birthArtifactID": artifact["id"], "size": len(data)} for path, data in contents.items()}
-        manifest = {"version": 1, "storagePolicy": "wandb-storage-policy-v1", "storagePolicyConfig": {"storageLayout": "V2"}}
-        self.files[f"manifest/{artifact['id']}"] = json.dumps({**manifest, "contents": entries}).encode()
-        self.files.update({f"blob/{artifact['id']}/{path}": data for path, data in contents.items()})
+        entries = {}
+        for path, data in contents.items():
+            digest = base64.b64encode(hashlib.md5(data).digest()).decode()
+            entries[path] = {
+                "digest": digest, "birthArtifactID": artifact["id"], "size": len(data)}
+            self.files[f"blob/{artifact['id']}/{path}"] = data
+        manifest = {"version": 1, "storagePolicy": "wandb-storage-policy-v1",
+                    "storagePolicyConfig": {"storageLayout": "V2"}, "contents": entries}
+        self.files[f"manifest/{artifact['id']}"] = json.dumps(manifest).encode()
         self.do_CommitArtifact({"artifactID": artifact["id"]})
         return artifact
 
@@ -76,15 +83,16 @@ class WandbServer:
         """Return the committed artifact called "collection:alias" or "collection:vN", or None."""
         collection, alias = name.split(":")
         for artifact in self.artifacts.values():
-            called = (alias in artifact["aliases"] or alias == artifact["version"]) and artifact["name"] == collection
-            if called and artifact["state"] == "COMMITTED":
+            called = alias in (*artifact["aliases"], artifact["version"])
+            if called and (artifact["name"], artifact["state"]) == (collection, "COMMITTED"):
                 return artifact
         return None
 
     def entries(self, artifact):
         """Return {entry path: its manifest record, with the key of its bytes in `files`}."""
         contents = json.loads(self.files[f"manifest/{artifact['id']}"])["contents"]
-        return {path: {**entry, "key": f"blob/{entry['birthArtifactID']}/{path}"} for path, entry in contents.items()}
+        return {path: {**entry, "key": f"blob/{entry['birthArtifactID']}/{path}"}
+                for path, entry in contents.items()}
 
     def contents(self, artifact):
         """Return {entry path: bytes} of an artifact."""
@@ -97,7 +105,7 @@ class WandbServer:
     # GraphQL operations, named as the client names them: variables in, `data` out.
 
     def answer(self, operation, variables, query):
-        """Return the `data` of one operation; an unknown one is answered as an empty server would."""
+        """Return the `data` of one operation; to an unknown one, what an empty server would."""
         with self.lock:
             self.operations.append(operation)
             method = getattr(self, f"do_{operation}", None)
@@ -107,52 +115,56 @@ class WandbServer:
             return method(variables)
 
     def do_Viewer(self, _):
-        return {"viewer": {"id": "user", "entity": ENTITY, "username": ENTITY, "email": "tester@localhost",
-                           "flags": "{}", "teams": {"edges": []}}}
+        return {"viewer": {"id": "user", "entity": ENTITY, "username": ENTITY,
+                           "email": "tester@localhost", "flags": "{}", "teams": {"edges": []}}}
 
     def do_ServerFeaturesQuery(self, _):
         return {"serverInfo": {"features": []}}
 
     def do_UpsertBucket(self, v):
         project, name = v.get("project") or "uncategorized", v.get("name") or v["id"]
-        run = self.runs.setdefault(name, {"project": project, "config": {}, "history": [], "summary": {}, "uses": [], "exit": None})
-        run["config"].update({key: item["value"] for key, item in json.loads(v.get("config") or "{}").items()})
+        run = self.runs.setdefault(name, {"project": project, "config": {}, "history": [],
+                                          "summary": {}, "uses": [], "exit": None})
+        for key, item in json.loads(v.get("config") or "{}").items():
+            run["config"][key] = item["value"]
         run["job_type"] = v.get("jobType") or run.get("job_type")
-        run["sweep"] = v.get("sweep") or run.get("sweep")
-        owner = {"id": run["project"], "name": run["project"], "entity": {"id": ENTITY, "name": ENTITY}}
+        owner = {"id": project, "name": run["project"], "entity": {"id": ENTITY, "name": ENTITY}}
         return {"upsertBucket": {"inserted": True, "bucket": {
-            "id": name, "name": name, "displayName": v.get("displayName") or name, "description": "", "config": "{}",
-            "sweepName": None, "historyLineCount": 0, "project": owner}}}
+            "id": name, "name": name, "displayName": v.get("displayName") or name,
+            "description": "", "config": "{}", "sweepName": None, "historyLineCount": 0,
+            "project": owner}}}
 
     def do_RunState(self, v):
         return {"project": {"run": {"id": v["run"], "state": "running"}}}
 
     def do_CreateRunFiles(self, v):
-        files = [{"name": name, "uploadUrl": self.signed(f"run/{v['run']}/{name}")} for name in v["files"]]
+        files = [{"name": name, "uploadUrl": self.signed(f"run/{v['run']}/{name}")}
+                 for name in v["files"]]
         return {"createRunFiles": {"runID": v["run"], "uploadHeaders": [], "files": files}}
 
     def do_CreateArtifact(self, v):
         spec = v["input"]
-        number = len(self.artifacts)
         project, name = spec["projectName"], spec["artifactCollectionName"]
-        same = (project, name, spec["digest"], "COMMITTED") if spec.get("enableDigestDeduplication") else None
-        for artifact in self.artifacts.values():  # the same files again make no new version; its aliases move
-            if tuple(artifact[key] for key in ("project", "name", "digest", "state")) == same:
-                artifact["aliases"] = list({*artifact["aliases"], *(a["alias"] for a in spec.get("aliases") or [])})
-                self.do_CommitArtifact({"artifactID": artifact["id"]})
-                return self.created(artifact)
-        version = sum((other["project"], other["name"]) == (project, name) for other in self.artifacts.values())
-        artifact = {"id": f"artifact{number}", "project": project, "name": name, "type": spec["artifactTypeName"],
-                    "version": f"v{version}", "aliases": [a["alias"] for a in spec.get("aliases") or []],
-                    "metadata": json.loads(spec.get("metadata") or "{}"), "run": spec.get("runName"),
-                    "digest": spec["digest"], "state": "PENDING"}
+        aliases = [alias["alias"] for alias in spec.get("aliases") or []]
+        others = [other for other in self.artifacts.values()
+                  if (other["project"], other["name"]) == (project, name)]
+        for other in others:  # the same files again make no new version; its aliases move
+            same = (other["digest"], other["state"]) == (spec["digest"], "COMMITTED")
+            if same and spec.get("enableDigestDeduplication"):
+                other["aliases"] = list({*other["aliases"], *aliases})
+                self.do_CommitArtifact({"artifactID": other["id"]})
+                return self.created(other)
+        artifact = {"id": f"artifact{len(self.artifacts)}", "project": project, "name": name,
+                    "type": spec["artifactTypeName"], "version": f"v{len(others)}",
+                    "aliases": aliases, "metadata": json.loads(spec.get("metadata") or "{}"),
+                    "run": spec.get("runName"), "digest": spec["digest"], "state": "PENDING"}
         self.artifacts[artifact["id"]] = artifact
         return self.created(artifact)
 
     def created(self, artifact):
         """Return what CreateArtifact answers."""
-        described = {"id": artifact["id"], "state": artifact["state"], "artifactSequence": {"latestArtifact": None}}
-        return {"createArtifact": {"artifact": described}}
+        return {"createArtifact": {"artifact": {"id": artifact["id"], "state": artifact["state"],
+                                                "artifactSequence": {"latestArtifact": None}}}}
 
     def do_CreateArtifactManifest(self, v):
         key = f"manifest/{v['artifactID']}"
@@ -163,17 +175,21 @@ class WandbServer:
         edges = []
         for spec in v["input"]["artifactFiles"]:
             key = f"blob/{spec['artifactID']}/{spec['name']}"
-            edges.append({"node": {"storagePath": key, "uploadUrl": self.signed(key), "uploadHeaders": [],
-                                   "uploadMultipartUrls": None, "artifact": {"id": spec["artifactID"]}}})
+            edges.append({"node": {
+                "storagePath": key, "uploadUrl": self.signed(key), "uploadHeaders": [],
+                "uploadMultipartUrls": None, "artifact": {"id": spec["artifactID"]}}})
         return {"createArtifactFiles": {"files": {"edges": edges}}}
 
     def do_CommitArtifact(self, v):
         artifact = self.artifacts[v["artifactID"]]
-        for other in self.artifacts.values():  # an alias points at one version: the newest that asked for it
-            if (other["project"], other["name"]) == (artifact["project"], artifact["name"]) and other is not artifact:
-                other["aliases"] = [alias for alias in other["aliases"] if alias not in artifact["aliases"]]
+        for other in self.artifacts.values():  # an alias goes to the newest that asked for it
+            same = (other["project"], other["name"]) == (artifact["project"], artifact["name"])
+            if same and other is not artifact:
+                other["aliases"] = [alias for alias in other["aliases"]
+                                    if alias not in artifact["aliases"]]
         artifact["state"] = "COMMITTED"
-        return {"commitArtifact": {"artifact": {"id": artifact["id"], "digest": artifact["digest"]}}}
+        return {"commitArtifact": {"artifact": {"id": artifact["id"],
+                                                "digest": artifact["digest"]}}}
 
     def do_UseArtifact(self, v):
         spec = v.get("input") or v
@@ -194,25 +210,28 @@ class WandbServer:
         if v["entity"] != ENTITY or artifact is None or artifact["project"] != v["project"]:
             return {"project": {"artifactCollectionMembership": None}}
         described = self.describe(artifact)
+        shared = {key: described[key] for key in ("versionIndex", "createdAt", "aliases")}
         return {"project": {"artifactCollectionMembership": {
-            "__typename": "ArtifactCollectionMembership", "id": f"member-{artifact['id']}", "versionIndex": described["versionIndex"],
-            "createdAt": described["createdAt"], "aliases": described["aliases"], "artifactCollection": described["artifactSequence"],
-            "artifact": described}}}
+            "__typename": "ArtifactCollectionMembership", "id": f"member-{artifact['id']}",
+            "artifactCollection": described["artifactSequence"], "artifact": described, **shared}}}
 
     def describe(self, artifact):
         """Return an artifact as GraphQL describes one."""
         owner = artifact["project"]
         project = {"id": owner, "internalId": owner, "name": owner, "entity": {"name": ENTITY}}
-        collection = {"__typename": "ArtifactSequence", "name": artifact["name"], "project": project}
-        aliases = [{"__typename": "ArtifactAlias", "id": alias, "alias": alias, "artifactCollection": collection}
-                   for alias in artifact["aliases"]]
-        entries = self.entries(artifact).values()
+        collection = {"__typename": "ArtifactSequence", "name": artifact["name"],
+                      "project": project}
+        aliases = [{"__typename": "ArtifactAlias", "id": alias, "alias": alias,
+                    "artifactCollection": collection} for alias in artifact["aliases"]]
+        sizes = [entry["size"] for entry in self.entries(artifact).values()]
         return {"__typename": "Artifact", "id": artifact["id"], "artifactSequence": collection,
-                "versionIndex": int(artifact["version"][1:]),
-                "artifactType": {"name": artifact["type"]}, "description": None, "metadata": json.dumps(artifact["metadata"]),
-                "ttlDurationSeconds": -2, "ttlIsInherited": True, "tags": [], "historyStep": None, "state": artifact["state"],
-                "size": sum(entry["size"] for entry in entries), "digest": artifact["digest"], "commitHash": "0",
-                "fileCount": len(entries), "createdAt": "2026-01-01T00:00:00Z", "updatedAt": "2026-01-01T00:00:00Z", "aliases": aliases}
+                "versionIndex": int(artifact["version"][1:]), "aliases": aliases,
+                "artifactType": {"name": artifact["type"]}, "description": None,
+                "metadata": json.dumps(artifact["metadata"]), "ttlDurationSeconds": -2,
+                "ttlIsInherited": True, "tags": [], "historyStep": None,
+                "state": artifact["state"], "size": sum(sizes), "digest": artifact["digest"],
+                "commitHash": "0", "fileCount": len(sizes), "createdAt": "2026-01-01T00:00:00Z",
+                "updatedAt": "2026-01-01T00:00:00Z"}
 
     def do_ArtifactType(self, v):
         artifact = self.artifact(v["name"])
@@ -220,41 +239,22 @@ class WandbServer:
         return {"project": {"artifact": node}}
 
     def do_FetchArtifactManifest(self, v):
-        return {"artifact": {"currentManifest": {"file": {"directUrl": self.signed(f"manifest/{v['id']}")}}}}
+        file = {"directUrl": self.signed(f"manifest/{v['id']}")}
+        return {"artifact": {"currentManifest": {"file": file}}}
 
     def do_GetArtifactMembershipFileUrls(self, v):
         artifact = self.artifact(f"{v['collection']}:{v['alias']}")
-        edges = [{"node": {"__typename": "File", "name": path, "directUrl": self.signed(entry["key"])}}
-                 for path, entry in self.entries(artifact).items()]
-        files = {"pageInfo": {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}, "edges": edges}
-        return {"project": {"artifactCollection": {"__typename": "ArtifactSequence", "artifactMembership": {"files": files}}}}
-
-    # Sweeps: one at a time, whose agent is given the runs that a test put in `planned`.
-
-    def do_UpsertSweep(self, v):
-        self.sweep = {"id": "sweep0", "name": "sweep0", "config": v["config"], "state": "RUNNING", "method": "grid",
-                      "runs": {"edges": []}}
-        project = {"id": "davis", "name": "davis", "entity": {"id": ENTITY, "name": ENTITY}}
-        return {"upsertSweep": {"sweep": {"name": "sweep0", "project": project}, "configValidationWarnings": []}}
-
-    def do_SweepWithRuns(self, _):
-        return {"project": {"sweep": self.sweep}}
-
-    def do_CreateAgent(self, _):
-        return {"createAgent": {"agent": {"id": "agent0"}}}
-
-    def do_Heartbeat(self, _):
-        running = self.handed and self.runs.get(self.handed, {}).get("exit") is None
-        commands = [] if running else [{"type": "exit"}]  # which kills a run that has not ended
-        if self.planned:
-            values = {name: {"value": value} for name, value in self.planned.pop(0).items()}
-            program = re.search(r"^program: (\S+)", self.sweep["config"], re.MULTILINE).group(1)
-            self.handed = f"planned{len(self.planned)}"
-            commands = [{"type": "run", "run_id": self.handed, "program": program, "args": values}]
-        return {"agentHeartbeat": {"agent": {"id": "agent0"}, "commands": json.dumps(commands)}}
+        edges = []
+        for path, entry in self.entries(artifact).items():
+            url = self.signed(entry["key"])
+            edges.append({"node": {"__typename": "File", "name": path, "directUrl": url}})
+        page = {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}
+        return {"project": {"artifactCollection": {
+            "__typename": "ArtifactSequence",
+            "artifactMembership": {"files": {"pageInfo": page, "edges": edges}}}}}
 
     def file_stream(self, run_id, body):
-        """Take one file-stream message: history rows, the summary, and at the end the exit code."""
+        """Take a file-stream message: history rows, the summary, at the end the exit code."""
         run = self.runs[run_id]
         for name, chunk in (body.get("files") or {}).items():
             if name == "wandb-history.jsonl":
@@ -277,11 +277,13 @@ class Handler(BaseHTTPRequestHandler):
         stream = re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", self.path)
         if stream:
             with state.lock:
-                return self.reply("stream", json.dumps(state.file_stream(stream.group(1), json.loads(body))).encode())
+                answer = state.file_stream(stream.group(1), json.loads(body))
+            return self.reply("stream", json.dumps(answer).encode())
         message = json.loads(body)
-        operation = message.get("operationName") or re.search(r"(?:query|mutation)\s+(\w+)", message["query"]).group(1)
+        named = re.search(r"(?:query|mutation)\s+(\w+)", message["query"])
         if "graphql" in state.failing:
             return self.reply("graphql", b'{"errors": [{"message": "out of order"}]}')
+        operation = message.get("operationName") or named.group(1)
         data = state.answer(operation, message.get("variables") or {}, message["query"])
         self.reply("graphql", json.dumps({"data": data}).encode())
 
@@ -300,7 +302,8 @@ class Handler(BaseHTTPRequestHandler):
         """Return the request's body, unpacked, and note the key it was authorised with."""
         self.server_state.keys[self.path.split("/")[1]].add(self.headers.get("Authorization"))
         data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        return gzip.decompress(data) if self.headers.get("Content-Encoding") == "gzip" else data
+        zipped = self.headers.get("Content-Encoding") == "gzip"
+        return gzip.decompress(data) if zipped else data
 
     def reply(self, part, body, status=200):
         """Answer with `status`, or with what `failing` says for this part of the server."""

@@ -1,0 +1,199 @@
+"""images.py: a frame as a viewer shows it, and what every kind of mask means."""
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vos import images
+from vos.inputs import BadInput
+
+OBJECT = np.zeros((5, 11), bool)
+OBJECT[1:4, 2:9] = True
+GREY = OBJECT.astype(np.uint8)
+
+
+def quarters(colours) -> Image.Image:
+    """A picture [32, 48] of four patches."""
+    patches = np.array(colours, np.uint8).reshape(2, 2, -1)
+    return Image.fromarray(np.repeat(np.repeat(patches, 16, axis=0), 24, axis=1))
+
+
+COLOURS = [[250, 0, 0], [0, 250, 0], [0, 0, 250], [250, 250, 250]]
+SHOWN = np.array(quarters(COLOURS))
+
+
+@pytest.mark.parametrize("orientation, turn", [
+    (1, lambda shown: shown), (3, lambda shown: shown[::-1, ::-1]),
+    (6, lambda shown: np.rot90(shown, -1)), (7, lambda shown: np.rot90(shown, 2).swapaxes(0, 1))])
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
+def test_frames_are_turned_as_their_exif_says(tmp_path, orientation, turn, suffix):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    lossless = {".jpg": {"quality": 95}, ".webp": {"lossless": True}}.get(suffix, {})
+    quarters(COLOURS).save(tmp_path / f"frame{suffix}", exif=exif, **lossless)
+    frame = images.read_image(tmp_path / f"frame{suffix}")
+    size = images.image_size(tmp_path / f"frame{suffix}")
+    assert frame.shape[:2] == size == turn(SHOWN).shape[:2]
+    patches = frame[8::16, 12::24] if frame.shape[0] == 32 else frame[12::24, 8::16]
+    expected = turn(np.array(COLOURS).reshape(2, 2, 3))
+    np.testing.assert_allclose(patches, expected, atol=6)
+
+
+def test_cmyk_and_alpha_and_palette_become_rgb(tmp_path):
+    quarters(COLOURS).convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
+    alpha = np.dstack([SHOWN, np.full(SHOWN.shape[:2], 9, np.uint8)])
+    images.write_image(tmp_path / "alpha.png", alpha)
+    quarters(COLOURS).quantize(4).save(tmp_path / "palette.png")
+    for name, tolerance in (("cmyk.jpg", 12), ("alpha.png", 0), ("palette.png", 0)):
+        difference = np.abs(images.read_image(tmp_path / name).astype(int) - SHOWN)
+        assert difference.max(axis=2)[4:12, 4:20].max() <= tolerance, name
+
+
+def test_deep_pixels_are_scaled_by_their_range_or_refused(tmp_path):
+    sixteen = np.array([[0, 257, 30000, 65535]], np.uint16)
+    Image.fromarray(sixteen).save(tmp_path / "a.png")
+    Image.fromarray(sixteen).save(tmp_path / "b.tif")
+    Image.fromarray((sixteen / 65535).astype(np.float32)).save(tmp_path / "c.tif")
+    for name in ("a.png", "b.tif", "c.tif"):
+        frame = images.read_image(tmp_path / name)
+        assert frame.shape == (1, 4, 3) and frame[0, :, 1].tolist() == [0, 1, 117, 255]
+    for number, pixels in enumerate((np.float32([[0, 7]]), np.int32([[0, 7]]))):
+        Image.fromarray(pixels).save(tmp_path / f"{number}.tif")
+        with pytest.raises(BadInput, match=rf"{number}\.tif.*expected"):
+            images.read_image(tmp_path / f"{number}.tif")
+
+
+def grey_png(width: int, height: int, bits: int, rows: bytes) -> bytes:
+    """The bytes of a grey PNG of 1 to 16 bits a pixel."""
+    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n"
+    for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        check = struct.pack(">I", zlib.crc32(kind + data))
+        png += struct.pack(">I", len(data)) + kind + data + check
+    return png
+
+
+def test_decompression_bomb_is_refused_by_its_header(tmp_path):
+    for side in (9_000, 60_000):  # Pillow itself refuses the second alone
+        (tmp_path / "bomb.png").write_bytes(grey_png(side, side, 8, bytes(1000)))
+        for read in (images.read_image, images.image_size, images.mask_values):
+            with pytest.raises(BadInput, match=r"bomb\.png.*(at most|bomb)"):
+                read(tmp_path / "bomb.png")
+
+
+def test_what_is_no_image_file_is_named_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "script.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    (tmp_path / "empty.jpg").touch()
+    for name in ("pipe.jpg", "folder.jpg", "script.jpg", "empty.jpg", "gone.jpg"):
+        for read in (images.read_image, images.image_size, images.mask_values):
+            with pytest.raises(BadInput, match=name) as caught:
+                read(tmp_path / name)
+            assert "\n" not in str(caught.value)
+
+
+def palette(indices: np.ndarray, colours: list[int]) -> Image.Image:
+    image = Image.frombytes("P", indices.shape[::-1], indices.astype(np.uint8).tobytes())
+    image.putpalette(colours)
+    return image
+
+
+def colour(*rgb: int) -> np.ndarray:
+    return GREY[..., None] * np.array(rgb, np.uint8)
+
+
+def ramp(*values: int) -> np.ndarray:
+    """Values in the first row, which is background in OBJECT, and OBJECT as 255."""
+    pixels = GREY * 255
+    pixels[0, :len(values)] = values
+    return pixels
+
+
+with_alpha = np.dstack([GREY * 255, np.full_like(GREY, 255)])
+two = GREY.copy()
+two[2, 3:5] = 2
+void = two.copy()
+void[0] = 255
+DAVIS = [0, 0, 0, 128, 0, 0, 0, 128, 0]
+GREYS = [level for level in range(256) for _ in range(3)]
+MASKS = {
+    "1-bit": [Image.fromarray(OBJECT)],
+    "0 and 255": [Image.fromarray(GREY * 255)],
+    "0 and 1": [Image.fromarray(GREY)],
+    "labels": [Image.fromarray(two), Image.fromarray(GREY * 3)],
+    "soft edges": [Image.fromarray(np.where(OBJECT, 128, 127).astype(np.uint8)),
+                   Image.fromarray(GREY * 255)],
+    "a dark frame of soft edges": [Image.fromarray(ramp(3, 90)), Image.fromarray(GREY * 200)],
+    "one with alpha": [Image.fromarray(GREY * 255), Image.fromarray(with_alpha)],
+    "transparent": [Image.fromarray(with_alpha * np.array([1, 0], np.uint8))],
+    "grey as colour": [Image.fromarray(np.dstack([ramp(90, 127)] * 3))],
+    "colours": [Image.fromarray(colour(200, 0, 0)), Image.fromarray(colour(9, 9, 9))],
+    "dim colours": [Image.fromarray(colour(0, 64, 0)), Image.fromarray(colour(64, 0, 128))],
+    "indexed": [palette(GREY, DAVIS), palette(two, DAVIS)],
+    "indexed 255": [palette(GREY * 255, [0] * 765 + [9, 9, 9])],
+    "void": [palette(void, DAVIS + [0] * 756 + [224, 224, 192]), palette(GREY, DAVIS)],
+    "grey with a palette": [palette(ramp(90, 127), GREYS)],
+    "two kinds": [palette(GREY, DAVIS), Image.fromarray(GREY * 255), Image.fromarray(OBJECT)],
+}
+
+
+def save(folder, pictures, suffix: str = "png") -> list:
+    files = [folder / f"{number}.{suffix}" for number in range(len(pictures))]
+    for file, picture in zip(files, pictures):
+        picture.save(file)
+    return files
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_every_kind_of_mask(tmp_path, kind):
+    pictures = MASKS[kind]
+    files = save(tmp_path, pictures)
+    empty = tmp_path / "empty.png"
+    Image.new(pictures[0].mode, OBJECT.shape[::-1]).save(empty)
+    meaning = images.decide_meaning([*files, empty])
+    assert not images.read_mask(empty, meaning).any()
+    for file in files:
+        mask = images.read_mask(file, meaning)
+        assert mask.dtype == bool
+        np.testing.assert_array_equal(mask, OBJECT)
+    assert ("void" in str(meaning)) == (kind == "void") and "\n" not in str(meaning)
+
+
+REFUSED = {
+    "128 alone": ([Image.fromarray(GREY * 128)], "brightest is 128"),
+    "labels beside 255": ([Image.fromarray(GREY * 255), Image.fromarray(GREY)],
+                          r"1\.png.* value 1;.* 255 .*0\.png"),
+    "index 0 white": ([palette(GREY, [255, 255, 255, 9, 9, 9])], "index 0"),
+    "alpha alone": ([Image.fromarray(np.dstack([GREY * 0, GREY * 255]))], "alpha"),
+    "alpha of black": ([Image.fromarray(np.dstack([GREY * 0] * 3 + [GREY * 255]))], "alpha"),
+    "16 bits": ([Image.fromarray(GREY.astype(np.uint16) * 65535)], "8-bit"),
+    "cmyk": ([quarters(COLOURS).convert("CMYK")], "mode CMYK"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_masks_that_may_mean_two_things_are_refused(tmp_path, kind):
+    pictures, words = REFUSED[kind]
+    files = save(tmp_path, pictures, "tif" if kind == "cmyk" else "png")
+    with pytest.raises(BadInput, match=words) as caught:
+        images.decide_meaning(files)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_colour_masks_in_a_jpeg_and_grey_of_4_bits_are_refused(tmp_path):
+    Image.fromarray(colour(200, 0, 0)).save(tmp_path / "mask.jpg")
+    for bits in (2, 4):
+        (tmp_path / f"{bits}.png").write_bytes(grey_png(4, 1, bits, b"\0\x0f\x8f"))
+    for name in ("mask.jpg", "2.png", "4.png"):
+        with pytest.raises(BadInput, match=name):
+            images.decide_meaning([tmp_path / name])
+
+
+def test_a_mask_of_a_kind_that_was_not_looked_at_is_refused(tmp_path):
+    files = save(tmp_path, [Image.fromarray(GREY), Image.fromarray(colour(9, 0, 0))])
+    with pytest.raises(BadInput, match=r"1\.png: a mask of another kind"):
+        images.read_mask(files[1], images.decide_meaning(files[:1]))

@@ -1,0 +1,1 @@
+"""What the scripts on top share. A contestant need not open it."""

@@ -1,0 +1,225 @@
+"""What every script's command line shares: its flags, its device, and how it fails.
+
+A script's last lines are
+
+    if __name__ == "__main__":
+        sys.exit(run(main))
+
+so that bad input ends in one line on standard error and exit status 2, without a traceback.
+"""
+import argparse
+import contextlib
+import ctypes
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from tqdm import tqdm
+
+from vos.inputs import BadInput
+from vos.outputs import Stopped
+
+# --- flags -------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that keeps the docstring's line breaks and raises BadInput for bad flags."""
+
+    def __init__(self, doc: str | None):
+        super().__init__(description=doc, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        raise BadInput(f"{message}; --help lists the flags")
+
+
+def add_run_flags(parser: argparse.ArgumentParser, computes: bool = True) -> None:
+    """Add the flags that every script has; --device and --threads only where it `computes`."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--wandb", choices=["disabled", "offline", "online"],
+                       help="log to Weights & Biases too (default: WANDB_MODE, else disabled)")
+    if computes:
+        group.add_argument("--device", default="auto",
+                           help="auto, cpu, cuda, cuda:N or mps (default: auto, the best there is)")
+        group.add_argument("--threads", type=count(1024),
+                           help="CPU threads (default: PyTorch's choice)")
+    group.add_argument("--overwrite", action="store_true", help="replace what is at --out")
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def number(low: float, high: float) -> Callable[[str], float]:
+    """Return an argparse type: a number from `low` to `high`, both included."""
+    def parse(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if low <= float(text) <= high:  # false for NaN
+                return float(text)
+        raise argparse.ArgumentTypeError(f"expected a number from {low:g} to {high:g}, found {text}")
+    return parse
+
+
+def count(most: int, least: int = 1) -> Callable[[str], int]:
+    """Return an argparse type: a whole number from `least` to `most`."""
+    def parse(text: str) -> int:
+        with contextlib.suppress(ValueError):
+            if least <= int(text) <= most:
+                return int(text)
+        raise argparse.ArgumentTypeError(f"expected a whole number from {least} to {most}, found "
+                                         f"{text}")
+    return parse
+
+
+def parse_levels(text: str) -> list[str]:
+    """Parse "s8,s16@.5" into canonical names of levels (argparse type)."""
+    try:
+        return list(dict.fromkeys(level_name(*parse_level(level)) for level in text.split(",")))
+    except BadInput as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def parse_level(level: str) -> tuple[str, float]:
+    """Part a level's name: "s16" -> ("s16", 1.0), "s16@0.5" -> ("s16", 0.5). Raises BadInput."""
+    stride, at, scale = level.partition("@")
+    with contextlib.suppress(ValueError):
+        pixels, value = int(stride.removeprefix("s")), float(scale) if at else 1.0
+        if stride[:1] == "s" and 0 < pixels <= 4096 and 0.1 <= value <= 4:
+            return f"s{pixels}", value
+    raise BadInput(f"level {level!r}: expected a stride such as s16, or s16@0.5 for the frame at half "
+                   "its size")
+
+
+def level_name(stride: str, scale: float) -> str:
+    """Return a level's canonical name; `parse_level` backwards."""
+    return stride if scale == 1 else f"{stride}@{scale:.6g}"
+
+
+def level_stride(level: str) -> float:
+    """Return a level's stride in pixels of the frame at its own size: 32 for s16@0.5."""
+    stride, scale = parse_level(level)
+    return int(stride[1:]) / scale
+
+
+# --- device and display ------------------------------------------------------------------------
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device named by --device. Raises BadInput for one this machine does not have."""
+    if name == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return found if found is not None and found.type in ("cuda", "mps") else torch.device("cpu")
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise BadInput(f"--device {name}: not on this machine ({reason}); pass --device auto or "
+                       "--device cpu") from error
+
+
+def progress(items: Iterable, what: str, total: int | None = None) -> tqdm:
+    """Wrap `items` in a progress bar on standard error; silent when that is not a terminal."""
+    shown = sys.stderr is not None and sys.stderr.isatty()
+    return tqdm(items, desc=what, total=total, disable=not shown, dynamic_ncols=True, leave=False)
+
+
+def say(text: str) -> None:
+    """Print a line that may hold names of files, which a terminal shows and does not obey."""
+    print(one_line(text))
+
+
+def complain(text: str) -> None:
+    """As `say`, on standard error, if there is one."""
+    with contextlib.suppress(OSError, ValueError):
+        print(one_line(text), file=sys.stderr, flush=True)
+
+
+def one_line(text: str) -> str:
+    """Return text that may come from a hostile file with its control characters spelled out."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def quote(path: Path | str) -> str:
+    """Return a path as a shell takes it."""
+    return shlex.quote(str(path))
+
+
+# --- Weights & Biases, imported only when asked for ----------------------------------------------
+
+
+def wandb_mode(flag: str | None) -> str:
+    """Return where to log: what --wandb says, else WANDB_MODE or a sweep's agent, else disabled."""
+    if flag is None and not {"WANDB_MODE", "WANDB_SWEEP_ID"} & os.environ.keys():
+        return "disabled"
+    from vos import tracking
+    mode = tracking.choose_mode(flag)
+    return tracking.check_account(mode) if mode != "disabled" else mode
+
+
+def fetch(source: str | None, mode: str, used: list[str]) -> Path | None:
+    """Return the local path of `source`: a path, or "wandb:...", whose full name is added to `used`."""
+    if source is None or not source.startswith("wandb:"):
+        return None if source is None else Path(source)
+    from vos import tracking
+    folder, name = tracking.fetch(source, mode)
+    used.append(name)
+    return folder
+
+
+def tracked(mode: str, job: str, config: dict, used: list[str]):
+    """Return a context manager of the run on Weights & Biases; of None when logging is disabled."""
+    if mode == "disabled":
+        return contextlib.nullcontext()
+    from vos import tracking
+    return tracking.start(mode, job, config, used)
+
+
+# --- how a script ends ---------------------------------------------------------------------------
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory instead of handing it back to the system.
+
+    PyTorch on the CPU frees and takes large blocks in every layer, each time paying for fresh pages: a
+    tenth of AlexNet's time and a quarter of EfficientNet-Lite0's.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing is trimmed
+
+
+def run(main: Callable[[], int | None]) -> int:
+    """Call `main`; return its status, or 2 with one line on standard error for bad input."""
+    script = os.path.basename(sys.argv[0])
+    keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):  # a terminal that knows only ASCII
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        return main() or 0
+    except BrokenPipeError:  # the reader of our output (head, less) went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+    except FloatingPointError as error:  # a training that diverged
+        complain(f"{script}: {error}")
+        return 1
+    except (BadInput, OSError, ValueError, ArithmeticError, MemoryError, torch.OutOfMemoryError,
+            torch.linalg.LinAlgError) as error:
+        if "--debug" in sys.argv:
+            raise
+        if int(os.environ.get("RANK", 0)):  # of several processes the first speaks for all
+            time.sleep(2)
+        text = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            text = f"out of memory ({text}); pass smaller frames, fewer levels or --resident disk"
+        complain(f"{script}: {text}")
+        return 2
+    except Stopped as stopped:
+        complain(f"{script}: {stopped}")
+        return 128 + stopped.signal
+    except KeyboardInterrupt:
+        complain(f"{script}: interrupted")
+        return 130

@@ -1,0 +1,136 @@
+"""What a whole clip tells about each of its positions, found without training, from frozen features.
+
+The background is what the frames' borders show and what looks like it; the object is what differs from
+that, is rare in the clip, and moves otherwise than the camera. Decoders that set `cues` get these maps
+beside the features.
+
+T frames of one clip in order, C channels, h w feature grid.
+"""
+import torch
+import torch.nn.functional as F
+
+VERSION = 1  # of what `clip_cues` computes; meta.json has it
+KEPT = 32  # principal components of a level that frames are aligned and compared by
+CELLS = 2000  # a finer grid than this is aligned at half its size: a fifth of the time
+SPANS = (2, 4, 8, 16)  # frames from one to the other that it is compared with
+
+
+def clip_cues(level: torch.Tensor) -> torch.Tensor:
+    """Return four numbers for each position of a clip's level, [T, C, h, w] -> float32 [T, 4, h, w].
+
+    How far its features lie from the background's (at first what is at the frames' borders, then, twice,
+    what looks like that), how far from all that the clip shows, how much they changed against their
+    median over time, and how much more than most positions against other frames once the camera's shift
+    is undone. All are logarithms, standardised over the clip.
+    """
+    level = level.float()
+    frames, _, height, width = level.shape
+    edge = max(1, height // 15)
+    border = torch.ones(height, width, dtype=torch.bool, device=level.device)
+    border[edge:-edge, edge:-edge] = False
+    border = border.expand(frames, height, width)
+
+    far = distance(level, border.float())
+    for _ in range(2):
+        at_border = far[border]
+        some = at_border[:: 1 + len(at_border) // 1_000_000]  # quantile takes 16 million at most
+        usual = border & (far < some.quantile(0.9))
+        far = distance(level, ((far < far.median()) | usual).float())
+    rare = distance(level, torch.ones_like(far))
+
+    spread = level.std((0, 2, 3))[:, None, None] + 1e-3
+    median = level.median(0).values
+    change = ((level - median) / spread).square().mean(1).add(1e-3).log()
+
+    fine = height * width > CELLS
+    moved = aligned_change(F.avg_pool2d(level / spread, 2) if fine else level / spread)
+    if fine:
+        moved = F.interpolate(moved[:, None], (height, width), mode="bilinear")[:, 0]
+
+    cues = torch.stack([far, rare, change, moved], 1)
+    return (cues - cues.mean((0, 2, 3), keepdim=True)) / (cues.std((0, 2, 3), keepdim=True) + 1e-3)
+
+
+def distance(level: torch.Tensor, weight: torch.Tensor, shrink: float = 0.1) -> torch.Tensor:
+    """Log of the squared Mahalanobis distance of every position from the positions that `weight` names.
+
+    level: [T, C, h, w]; weight: [T, h, w], at least 0. The covariance is shrunk towards its mean variance
+    by the share `shrink`. Returns [T, h, w].
+    """
+    frames, channels, height, width = level.shape
+    x = level.permute(0, 2, 3, 1).reshape(-1, channels)
+    share = weight.reshape(-1) / weight.sum().clamp_min(1e-6)
+    x = x - share @ x
+    covariance = (x * share[:, None]).T @ x
+    spread = covariance.diagonal().mean().clamp_min(1e-6)  # not 0 where nothing differs
+    covariance += shrink * spread * torch.eye(channels, device=x.device)
+    whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), x.T, upper=False)
+    return whitened.square().sum(0).add(1e-6).log().reshape(frames, height, width)
+
+
+def aligned_change(level: torch.Tensor) -> torch.Tensor:
+    """Log of how little positions look like the same place in other frames, the camera's shift undone.
+
+    level: [T, C, h, w]. Of the frames before and after, the one that matches better counts: what only
+    uncovers background matches on one side. Mean over SPANS; positions that leave the frame both ways get
+    the median. Returns [T, h, w].
+    """
+    frames, channels, height, width = level.shape
+    x = (level - level.mean((0, 2, 3), keepdim=True)).permute(0, 2, 3, 1)  # [T, h, w, C]
+    flat = x.reshape(-1, channels)
+    directions = torch.linalg.eigh(flat.T @ flat / len(flat)).eigenvectors[:, -KEPT:]
+    x = F.normalize(x @ directions, dim=3)
+
+    spectra = torch.fft.rfft2(x, s=(2 * height, 2 * width), dim=(1, 2))
+    total = torch.zeros(frames, height, width, device=level.device)
+    count = torch.zeros_like(total)
+    for span in SPANS:
+        if span >= frames:
+            continue
+        shift = camera_shift(spectra[:-span], spectra[span:], height, width)
+        least = torch.full_like(total, torch.inf)
+        least[:-span] = mismatch(x[:-span], x[span:], shift)
+        least[span:] = torch.minimum(least[span:], mismatch(x[span:], x[:-span], -shift))
+        seen = least.isfinite()
+        total += torch.where(seen, least, 0)
+        count += seen
+
+    if not count.any():  # a clip of one or two frames
+        return total
+    change = (total / count).clamp(min=1e-3).log()  # NaN where never seen
+    return torch.where(count > 0, change, change[count > 0].median())
+
+
+def camera_shift(first: torch.Tensor, second: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Return the shift (rows, columns) by which most of a frame moved to become another, int64 [n, 2].
+
+    first, second: the frames' spectra, [n, 2h, w + 1, C], of unit vectors padded with zeros to twice the
+    size: their cross-correlation is largest at the shift. Only shifts that leave 40 % in sight count.
+    """
+    product = (first.conj() * second).sum(3)
+    correlation = torch.fft.irfft2(product, s=(2 * height, 2 * width))  # [n, 2h, 2w]
+    rows, columns = (torch.fft.fftfreq(2 * n, 0.5 / n, device=product.device).round().long()
+                     for n in (height, width))
+    overlap = (height - rows.abs())[:, None] * (width - columns.abs())
+    enough = overlap > 0.4 * height * width
+    correlation = torch.where(enough, correlation / overlap.clamp(min=1), -torch.inf)
+    best = correlation.flatten(1).argmax(1)
+    return torch.stack([rows[best // (2 * width)], columns[best % (2 * width)]], 1)
+
+
+def mismatch(x: torch.Tensor, other: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """Return 1 - cosine of each position with the best of the 3 x 3 around it in `other`, shifted.
+
+    x, other: unit vectors [n, h, w, C]; shift: int64 [n, 2]. Returns [n, h, w], inf where that is outside.
+    """
+    frames, height, width, _ = x.shape
+    frame = torch.arange(frames, device=x.device)[:, None, None]
+    rows = torch.arange(height, device=x.device)[:, None] + shift[:, 0, None, None]  # [n, h, 1]
+    columns = torch.arange(width, device=x.device) + shift[:, 1, None, None]  # [n, 1, w]
+    best = torch.full((frames, height, width), -1.0, device=x.device)
+    for down in (-1, 0, 1):
+        for right in (-1, 0, 1):
+            row, column = (rows + down).clamp(0, height - 1), (columns + right).clamp(0, width - 1)
+            best = torch.maximum(best, (x * other[frame, row, column]).sum(3))
+    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+    return torch.where(inside, 1 - best, torch.inf)

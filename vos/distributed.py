@@ -1,0 +1,70 @@
+"""Several processes on one job, as torchrun starts them; without it, a group of one that costs nothing.
+
+    torchrun --nproc-per-node 2 train.py --features features/alexnet-train
+
+Every process holds all features and takes its share of each batch. PyTorch's own package averages the
+gradients: nccl on CUDA devices, gloo elsewhere.
+"""
+import atexit
+import os
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from vos.inputs import BadInput
+
+
+class Group(NamedTuple):
+    """This process's place among those of the job."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes and prints."""
+        return self.rank == 0
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """Replace a tensor by its sum over the processes, in place; return it."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def wait(self) -> None:
+        """Wait until every process is here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def wrap(self, decoder: nn.Module) -> nn.Module:
+        """Return a module whose gradients are averaged over the processes."""
+        return nn.parallel.DistributedDataParallel(decoder) if self.size > 1 else decoder
+
+
+ALONE = Group()
+
+
+def join(device: torch.device) -> tuple[Group, torch.device]:
+    """Join the group that torchrun's environment names, or be one alone; return it and the device.
+
+    On CUDA each process takes the device of its local rank. Raises BadInput when there are fewer.
+    """
+    size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    if size == 1:
+        return ALONE, device
+    if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise BadInput(f"process {local} has no device of its own; start fewer, or pass --device cpu")
+        device = torch.device(device.type, local)
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    atexit.register(dist.destroy_process_group)
+    return Group(int(os.environ["RANK"]), size), device
+
+
+def refuse_several() -> None:
+    """Raise BadInput when torchrun started a script that works alone."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise BadInput("runs as one process; start it with python, without torchrun")

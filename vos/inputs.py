@@ -1,0 +1,93 @@
+"""Everything the scripts read that people give them: one opener, and what is wrong said in one line."""
+import contextlib
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+JSON_LIMIT = 1 << 29  # bytes: meta.json of a million frames
+
+
+class BadInput(Exception):
+    """What the user gave cannot be used: the message names it, what was expected, the way out."""
+
+
+@contextlib.contextmanager
+def opened(path: Path, limit: int | None = None) -> Iterator[IO[bytes]]:
+    """Open a regular file of at most `limit` bytes; a pipe or a device is refused, not waited for.
+
+    Raises BadInput for what is missing, may not be read, is too long, or is no regular file.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        missing = isinstance(error, FileNotFoundError)
+        reason = "no such file" if missing else f"cannot be opened ({error})"
+        raise BadInput(f"{path}: {reason}; expected a file that can be read") from error
+    state = os.fstat(handle)
+    if not stat.S_ISREG(state.st_mode):
+        os.close(handle)
+        raise BadInput(f"{path}: is no regular file; expected a file, not a folder or a pipe")
+    with os.fdopen(handle, "rb") as file:
+        if limit is not None and state.st_size > limit:
+            raise BadInput(f"{path}: has {state.st_size:,} bytes; expected at most {limit:,}")
+        yield file
+
+
+def read_json(path: Path):
+    """Return what a JSON file holds. Raises BadInput."""
+    def refuse(name: str):
+        raise ValueError(f"{name} is no number of JSON")
+
+    with opened(path, JSON_LIMIT) as file:
+        try:
+            return json.loads(file.read().decode("utf-8"), parse_constant=refuse)
+        except (OSError, ValueError, RecursionError) as error:
+            raise BadInput(f"{path}: expected a JSON file, found something else ({error})") from error
+
+
+def read_paths(file: Path) -> dict[str, list[str]]:
+    """Read a paths.json: {column: {"0": path, ...}} -> {column: paths in order}. Raises BadInput."""
+    table = read_json(file)
+    try:
+        columns = {name: [column[str(index)] for index in range(len(column))]
+                   for name, column in table.items()}
+        if all(isinstance(path, str) for paths in columns.values() for path in paths):
+            return columns
+    except (AttributeError, KeyError, TypeError):
+        pass
+    raise BadInput(f'{file}: expected {{"column": {{"0": path, "1": path, ...}}}}, each key once')
+
+
+def inside(root: Path, path: str, listed_in: Path) -> Path:
+    """Return `root / path`, backslashes read as slashes. Raises BadInput when that leaves `root`."""
+    parts = PurePosixPath(path.replace("\\", "/")).parts
+    if not parts or len(path) > 2000 or not all(map(is_name, parts)):
+        raise BadInput(f"{listed_in}: {path[:200]!r} is no path in its folder; expected a relative "
+                       "path without '..' and ':'")
+    return root.joinpath(*parts)
+
+
+def is_name(text) -> bool:
+    """Say whether `text` can name a file or folder everywhere: no path, and nothing hidden in it.
+
+    At most 200 bytes of UTF-8, since results are called by it with something added.
+    """
+    if not isinstance(text, str) or text in ("", ".", "..") or set(text) & set("/\\:"):
+        return False
+    return text.isprintable() and len(text.encode("utf-8", "replace")) <= 200
+
+
+def is_shape(value, length: int) -> bool:
+    """Say whether `value` is a list of so many whole numbers that an array can have."""
+    return isinstance(value, list) and len(value) == length and all(
+        type(n) is int and 0 < n <= 1 << 16 for n in value)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes as hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,110 @@
+"""Parts of the decoders.
+
+B batch, C channels, h w feature grid.
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Block(nn.Module):
+    """x + ReLU(GroupNorm(3x3 convolution of x)), [B, C, h, w] to the same; dilation sees further."""
+
+    def __init__(self, channels: int, dilation: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=dilation, dilation=dilation, bias=False)
+        self.norm = nn.GroupNorm(8, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + F.relu(self.norm(self.conv(x)))
+
+
+class Standardise(nn.Module):
+    """Subtract each channel's mean and divide by its standard deviation, both set by `fit_standardise`.
+
+    keep: of the standardised channels, only the first so many principal components; 0 for all channels
+    as they are.
+    """
+
+    def __init__(self, channels: int, keep: int = 0):
+        super().__init__()
+        self.outputs = min(keep, channels) or channels
+        self.register_buffer("mean", torch.zeros(channels, 1, 1))
+        self.register_buffer("std", torch.ones(channels, 1, 1))
+        if keep:  # rows are directions, all of one length
+            self.register_buffer("basis", torch.eye(channels)[:self.outputs])
+
+    def forward(self, level: torch.Tensor) -> torch.Tensor:
+        """level: [B, C, h, w]. Returns [B, outputs, h, w]."""
+        level = (level - self.mean) / self.std
+        return F.conv2d(level, self.basis[:, :, None, None]) if hasattr(self, "basis") else level
+
+
+@torch.no_grad()
+def fit_standardise(norms: nn.ModuleList, features) -> None:
+    """Set one Standardise per level from at most 256 rows of data.Features, spread evenly."""
+    chosen = features.index[:: -(-len(features.index) // 256)]
+    for number, norm in enumerate(norms):
+        count, total, products = 0, 0, 0
+        for part in chosen.split(16):
+            level = features.batch(part)[number]
+            values = level.permute(0, 2, 3, 1).reshape(-1, level.shape[1])  # [positions, C]
+            count += len(values)
+            total = total + values.sum(0)
+            products = products + values.T @ values
+
+        mean = total / count
+        covariance = products / count - mean[:, None] * mean
+        std = covariance.diagonal().clamp_min(0).sqrt() + 1e-3
+        norm.mean.copy_(mean[:, None, None])
+        norm.std.copy_(std[:, None, None])
+        if hasattr(norm, "basis"):
+            norm.basis.copy_(principal_directions(covariance / (std[:, None] * std), norm.outputs))
+
+
+def principal_directions(covariance: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the first principal directions of [C, C], scaled by one number: [count, C].
+
+    The components then have a mean variance of 1. Signs are fixed, or machines would differ.
+    """
+    variances, vectors = torch.linalg.eigh(covariance)  # by rising variance
+    variances, directions = variances.flip(0)[:count], vectors.flip(1).T[:count]
+    signs = torch.sign(directions.sum(1, keepdim=True))
+    return directions * signs / variances.mean().sqrt()
+
+
+def mirror(x: torch.Tensor) -> torch.Tensor:
+    """Swap left and right of [..., w]."""
+    return x.flip(-1)
+
+
+def pooling(cells: int, pixels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return adaptive average pooling of `cells` values up to `pixels`, as AdaptiveAvgPool1d has it.
+
+    Pixel i is the mean of the cells from floor(i * cells / pixels) up to ceil((i + 1) * cells / pixels).
+    Returns the distinct means as a matrix float32 [groups, cells], and each pixel's group, int64 [pixels].
+    """
+    pixel = torch.arange(pixels)
+    bounds = torch.stack([pixel * cells // pixels, -(-(pixel + 1) * cells // pixels)], 1)
+    bounds, group = torch.unique_consecutive(bounds, dim=0, return_inverse=True)
+    cell = torch.arange(cells)
+    chosen = ((cell >= bounds[:, :1]) & (cell < bounds[:, 1:])).float()
+    return chosen / chosen.sum(1, keepdim=True), group
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Return the number of values in all parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@torch.no_grad()
+def count_flops(module: nn.Module, shapes: list[tuple[int, ...]]) -> int:
+    """Return the floating-point operations for one frame, a multiply-add as two.
+
+    module takes a list of inputs; shapes: of each, without the batch.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+    device = next(module.parameters()).device
+    with FlopCounterMode(display=False) as counter:
+        module.eval()([torch.zeros(1, *shape, device=device) for shape in shapes])
+    return counter.get_total_flops()

@@ -1,0 +1,80 @@
+"""A decoder adapted to one clip, and its coarse logits upsampled along the frame's own edges.
+
+Source of the second: He, Sun and Tang, "Guided Image Filtering", TPAMI 2013, with a colour guide; its
+coefficients are found at a quarter of the frame's size (He and Sun, "Fast Guided Filter", arXiv
+1505.00996).
+"""
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+SHRINK = 4  # the coefficients are found on a frame this much smaller
+RADIUS = 4  # of the window, in pixels of the small frame
+EPSILON = 1e-5  # colours (0..1) that vary by less, squared, do not count as an edge
+LIMIT = 4.0  # logits beyond this are sure enough
+
+
+def adapt(decoder: nn.Module, features, index: torch.Tensor) -> nn.Module:
+    """Return a copy of the decoder trained a little on its own confident predictions for one clip.
+
+    features: data.Features; index: int64 [n], the clip's rows. Cells predicted above 0.8 or below 0.2 are
+    the targets, of `decoder.adapt_steps` steps of 8 frames. Hiding cues and features is off, dropping components on.
+    """
+    tuned = copy.deepcopy(decoder).train()
+    vars(tuned).update(hide=0.0, lose=0.0)
+    optimizer = torch.optim.AdamW(tuned.parameters(), 5e-4, weight_decay=0.01, fused=True)
+    with torch.no_grad():
+        logits = [decoder(features.batch(part)).float() for part in index.split(16)]
+    probability = torch.sigmoid(torch.cat(logits))  # [n, gh, gw]
+    target = (probability > 0.5).float()
+    sure = ((probability > 0.8) | (probability < 0.2)).float()
+
+    for step in range(decoder.adapt_steps):
+        torch.manual_seed(step)
+        chosen = torch.randperm(len(index))[:8]
+        output = tuned(features.batch(index[chosen]))
+        chosen = chosen.to(output.device)
+        loss = F.binary_cross_entropy_with_logits(output, target[chosen], reduction="none")
+        optimizer.zero_grad()
+        (loss * sure[chosen]).mean().backward()
+        optimizer.step()
+    return tuned.eval()
+
+
+def guided_probabilities(logits: torch.Tensor, frame: torch.Tensor) -> torch.Tensor:
+    """Return the probability of each pixel of one frame, float32 [H, W] in 0..1.
+
+    logits: float32 [gh, gw]; frame: uint8 [3, H, W], RGB. Within every window the logits are fitted as a
+    linear function of the frame's colours; that function is then read off the frame at its full size.
+    """
+    image = frame[None].float() / 255  # [1, 3, H, W]
+    size = image.shape[2:]
+    small = F.interpolate(image, [max(1, side // SHRINK) for side in size], mode="area")
+    target = F.interpolate(logits[None, None], small.shape[2:], mode="bilinear").clamp(-LIMIT, LIMIT)
+    slope, offset = fit_window(small, target)
+    slope = F.interpolate(box(slope), size, mode="bilinear")
+    offset = F.interpolate(box(offset), size, mode="bilinear")
+    return torch.sigmoid((slope * image).sum(1) + offset[:, 0])[0]
+
+
+def fit_window(image: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fit target = slope . image + offset around every pixel, by least squares with a penalty on slope.
+
+    image: [1, 3, h, w] in 0..1; target: [1, 1, h, w]. Returns slope [1, 3, h, w], offset [1, 1, h, w].
+    """
+    mean, target_mean = box(image), box(target)
+    pairs = image[:, :, None] * image[:, None]  # [1, 3, 3, h, w]
+    covariance = box(pairs.flatten(1, 2)).view_as(pairs) - mean[:, :, None] * mean[:, None]
+    covariance = covariance.permute(0, 3, 4, 1, 2) + EPSILON * torch.eye(3, device=image.device)
+    together = (box(image * target) - mean * target_mean).permute(0, 2, 3, 1)  # [1, h, w, 3]
+    slope = torch.linalg.solve(covariance, together).permute(0, 3, 1, 2)
+    return slope, target_mean - (slope * mean).sum(1, keepdim=True)
+
+
+def box(x: torch.Tensor) -> torch.Tensor:
+    """Return the mean of the window round every pixel of [B, C, h, w], as far as it lies inside."""
+    side = 2 * RADIUS + 1
+    x = F.avg_pool2d(x, (side, 1), 1, (RADIUS, 0), count_include_pad=False)
+    return F.avg_pool2d(x, (1, side), 1, (0, RADIUS), count_include_pad=False)
