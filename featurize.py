@@ -7,6 +7,7 @@ A run that was stopped goes on, clip by clip, when the same command is given aga
 """
 import argparse
 import itertools
+import math
 import os
 import platform
 import sys
@@ -62,105 +63,93 @@ def parse_size(text: str) -> tuple[int, int]:
     raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTH, at least 32x32 pixels, found {text}")
 
 
-def describe(args: argparse.Namespace, root: Path, frames: list[clips.Frame], size: tuple[int, int],
+def describe(args: argparse.Namespace, root: Path, rows: list[clips.Frame], size: tuple[int, int],
              sizes: list[tuple[int, int]], featurizer: featurizers.Featurizer) -> dict:
     """Return meta.json but for the digests of the arrays."""
     shapes = featurizer.shapes(size)
-    has_mask = [frame.annotation is not None for frame in frames]
+    labelled = [row.annotation is not None for row in rows]
     wanted = len(shapes) > 1 if args.cues is None else args.cues
     return {
         "format": folder.FORMAT, "featurizer": args.featurizer, "levels": shapes, "dtype": args.dtype,
         "weights": featurizer.digest, "parameters": featurizer.parameters_count,
         "flops_per_frame": featurizers.count_flops(featurizer, size),
-        "preprocessing": {"mean": list(featurizer.mean), "std": list(featurizer.std),
+        "preprocessing": {"mean": featurizer.mean, "std": featurizer.std,
                           "compute": str(featurizer.compute)[6:]},
-        "size": list(size), "sizes": None if set(sizes) == {size} else [list(s) for s in sizes],
-        "clips": [frame.clip for frame in frames], "names": [frame.name for frame in frames],
-        "labelled": None if len(set(has_mask)) == 1 else has_mask, "views": args.views,
+        "size": size, "sizes": None if set(sizes) == {size} else sizes,
+        "clips": [row.clip for row in rows], "names": [row.name for row in rows],
+        "labelled": None if len(set(labelled)) == 1 else labelled, "views": args.views,
         "cues": cues.VERSION if wanted else None, "data": str(root.resolve()), "split": args.split,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
 
 
-def list_paths(frames: list[clips.Frame], root: Path) -> dict[str, dict[str, str]]:
-    """Return paths.json: the path of every frame and, with annotations, of every mask, below `root`."""
-    def column(paths) -> dict[str, str]:
-        return {str(index): below(path, root) for index, path in enumerate(paths)}
-    table = {"raw": column(frame.image for frame in frames)}
-    if any(frame.annotation for frame in frames):
-        table["annotation"] = column(frame.annotation or Path() for frame in frames)
-    return table
+def list_paths(paths: list[Path | None], root: Path) -> dict[str, str]:
+    """Return a column of paths.json: below the data root, with slashes; a video's own name."""
+    def below(path: Path) -> str:
+        return path.relative_to(root).as_posix() if root in path.parents else path.name
+    return {str(index): below(path or Path()) for index, path in enumerate(paths)}
 
 
-def below(path: Path, root: Path) -> str:
-    """A path as paths.json holds it: below the data root, with slashes; a video's own name."""
-    return path.name if path == root or root not in path.parents else path.relative_to(root).as_posix()
-
-
-def write_arrays(place: Path, meta: dict, frames: list[clips.Frame], meaning, featurizer,
+def write_arrays(place: Path, meta: dict, rows: list[clips.Frame], meaning, featurizer,
                  device: torch.device, threads: int, group: distributed.Group) -> None:
     """Write the arrays of a feature folder clip by clip, but for clips that an earlier run finished.
 
     Each process takes its share of the clips. Raises BadInput for features that do not fit the dtype.
     """
-    size, rows = tuple(meta["size"]), len(frames)
-    arrays = {level: folder.array_name(level, meta["levels"]) for level in meta["levels"]}
-    if group.main and not (place / "masks.npy").exists() and meaning:
-        folder.make_array(place / "masks.npy", (rows, size[0], -(-size[1] // 8)), "uint8")
     if group.main:
-        for level, shape in meta["levels"].items():
-            folder.make_array(place / arrays[level], (rows, *shape), meta["dtype"])
-            if meta["cues"]:
-                folder.make_array(place / f"cues.{level}.npy", (rows, 4, *shape[1:]), "float16")
+        for name, shape in folder.list_arrays(meta, masks=bool(meaning)).items():
+            dtype = {"m": "uint8", "c": "float16"}.get(name[0], meta["dtype"])
+            if not (place / name).exists():
+                folder.make_array(place / name, shape, dtype)
     group.wait()
 
-    ranges = [list(run) for _, run in itertools.groupby(range(rows), lambda row: frames[row].clip)]
+    runs = [list(run) for _, run in itertools.groupby(range(len(rows)), lambda row: rows[row].clip)]
     finished = {line for file in place.glob("finished-*.txt") for line in file.read_text().split()}
-    todo = [run for run in ranges[group.rank::group.size] if str(run[0]) not in finished]
-    if finished:
-        print(f"going on from an earlier run: {len(finished)} of {len(ranges)} clips are there")
-    batch = 4 if device.type == "cpu" else 32
-    shown = clips.read_images([frames[row] for run in todo for row in run], threads)
-    bar = cli.progress(todo, "featurize", sum(map(len, todo)))
+    todo = [run for run in runs[group.rank::group.size] if str(run[0]) not in finished]
+    if finished and group.main:
+        print(f"going on from an earlier run: {len(finished)} of {len(runs)} clips are there")
+    size, batch = tuple(meta["size"]), 4 if device.type == "cpu" else 32
+    shown = clips.read_images([rows[row] for run in todo for row in run], threads)
+    bar = cli.progress([], "featurize", sum(map(len, todo)))
     for run in todo:
-        clip = frames[run[0]]
         parts = []
         for first in range(0, len(run), batch):
             pictures = list(itertools.islice(shown, len(run[first:first + batch])))
             levels = featurizers.run_featurizer(featurizer, pictures, size, device)
             parts.append([level.cpu() for level in levels])
             bar.update(len(pictures))
+
+        arrays = {}
         for level, whole in zip(featurizer.levels, map(torch.cat, zip(*parts))):
-            stored = whole.numpy().astype(meta["dtype"])
-            if not np.isfinite(stored).all():
-                raise BadInput(f"{clip.image}: its features do not fit {meta['dtype']}, or are not "
-                               "finite; pass --dtype float32 --compute float32")
-            folder.write_rows(place / arrays[level], run[0], stored)
+            stored = whole.to(getattr(torch, meta["dtype"]))
+            arrays[folder.array_name(level, meta["levels"])] = stored.numpy()
             if meta["cues"]:
-                made = cues.clip_cues(torch.from_numpy(stored).to(device)).half().cpu().numpy()
-                folder.write_rows(place / f"cues.{level}.npy", run[0], made)
+                arrays[f"cues.{level}.npy"] = cues.clip_cues(stored.to(device)).half().cpu().numpy()
         if meaning:
-            packed = clips.read_packed_masks([frames[row] for row in run], meaning, size, threads)
-            folder.write_rows(place / "masks.npy", run[0], np.stack(list(packed)))
+            masks = clips.read_packed_masks([rows[row] for row in run], meaning, size, threads)
+            arrays["masks.npy"] = np.stack(list(masks))
+        for name, array in arrays.items():
+            if not np.isfinite(array).all():
+                raise BadInput(f"{rows[run[0]].image}: {name} would not be finite for its clip; pass "
+                               "--dtype float32 --compute float32")
+            folder.write_rows(place / name, run[0], array)
         with open(place / f"finished-{group.rank}.txt", "a", encoding="ascii") as file:
             file.write(f"{run[0]}\n")
 
 
-def say_foreground(place: Path, frames: list[clips.Frame]) -> None:
+def say_foreground(place: Path, rows: list[clips.Frame], area: int) -> None:
     """Print the share of foreground of all masks, and of the clips that have least and most."""
     masks = np.load(place / "masks.npy", mmap_mode="r")
-    pixels = np.array([np.bitwise_count(mask).sum(dtype=np.int64) for mask in masks])
-    clip = np.array([frame.clip for frame in frames])
-    has_mask = np.array([frame.annotation is not None for frame in frames])
-    area = masks.shape[1] * masks.shape[2] * 8
-    shares = {name: pixels[has_mask & (clip == name)].mean() / area
-              for name in dict.fromkeys(clip[has_mask].tolist())}
-    least, most = min(shares, key=shares.__getitem__), max(shares, key=shares.__getitem__)
-    whole = pixels[has_mask].mean() / area
-    cli.say(f"foreground: {whole:.1%} of all pixels; {shares[least]:.1%} in {least}, "
-            f"{shares[most]:.1%} in {most}")
+    shares: dict[str, list[float]] = {}
+    for mask, row in zip(masks, rows):
+        if row.annotation:
+            shares.setdefault(row.clip, []).append(np.bitwise_count(mask).sum(dtype=int) / area)
+    whole = np.mean(sum(shares.values(), []))
+    least, *_, most = sorted((np.mean(share), clip) for clip, share in shares.items()) * 2
+    cli.say(f"foreground: {whole:.2%} of all pixels; {least[0]:.2%} in {least[1]}, {most[0]:.2%} in "
+            f"{most[1]}")
     if not 0.001 <= whole <= 0.9:
-        cli.say(f"warning: {whole:.2%} of all pixels are foreground; are these the right masks?")
+        print("warning: that is hardly an object; are these the right masks?")
 
 
 def main() -> None:
@@ -174,8 +163,8 @@ def main() -> None:
     # find the frames, and check them and all else before anything long
     used: list[str] = []
     root = cli.fetch(args.data, mode, used)
-    name = used[0].rpartition("/")[2].partition(":")[0].rpartition("-")[2] if used else ""
-    split = args.split or name or root.resolve().stem
+    named = used[0].rpartition("/")[2].partition(":")[0].rpartition("-")[2] if used else ""
+    split = args.split or named or root.resolve().stem
     out = args.out or Path("features") / f"{args.featurizer.replace(':', '-')}-{split}"
     inputs = [path for path in (root, args.masks) if path]
     check_output(out, "features", args.overwrite, inputs)
@@ -186,45 +175,46 @@ def main() -> None:
     meaning = images.decide_meaning(annotations, threads) if annotations else None
     if args.views and not meaning:
         raise BadInput(f"{root}: has no annotations, and --views are only for training; leave them out")
+    rows = frames + [frame._replace(clip=f"{frame.clip}@{view}", view=view)
+                     for view in args.views for frame in frames]
     featurizer = featurizers.build_featurizer(
         args.featurizer, args.levels, args.weights, featurizers.choose_compute(args.compute, device))
-    seen = [frame._replace(clip=f"{frame.clip}@{view}", view=view)
-             for view in args.views for frame in frames]
-    rows = frames + seen
     meta = describe(args, root, rows, size, sizes * (1 + len(args.views)), featurizer)
-    total = sum(np.prod(shape) for shape in meta["levels"].values()) * len(rows)
-    total = total * np.dtype(args.dtype).itemsize / 1e6
+    megabytes = sum(math.prod(shape) for shape in meta["levels"].values()) * len(rows)
+    megabytes *= np.dtype(args.dtype).itemsize / 1e6
     if group.main:
-        also = "".join(f", and {view}" for view in args.views)
-        cli.say(f"{len(frames)} frames of {len({frame.clip for frame in frames})} clips{also}, "
-                f"{size[1]} x {size[0]}; {args.featurizer} on {device} in "
-                f"{meta['preprocessing']['compute']}, {meta['parameters']:,} parameters, "
-                f"{meta['flops_per_frame'] / 1e9:.2f} GFLOP a frame")
-        print(f"levels {', '.join(meta['levels'])}: {total:,.0f} MB of {args.dtype}")
-        if meaning:
-            print(f"masks: {meaning}")
+        cli.say(f"{len(frames)} frames of {len({frame.clip for frame in frames})} clips"
+                f"{''.join(f', and {view}' for view in args.views)}, {size[1]} x {size[0]}; "
+                f"{args.featurizer} on {device} in {meta['preprocessing']['compute']}, "
+                f"{meta['parameters']:,} parameters, {meta['flops_per_frame'] / 1e9:.2f} GFLOP a frame")
+        print(f"levels {', '.join(meta['levels'])}: {megabytes:,.0f} MB of {args.dtype}")
+        print(f"masks: {meaning}" if meaning else "no masks")
 
+    # featurize
     started = time.perf_counter()
-    paths = list_paths(rows, root)
-    with (cli.tracked(mode if group.main else "disabled", "featurize", vars(args), used) as tracker,
-          folder.unfinished_folder(out, args.overwrite, inputs, {**meta, **paths}, group) as place):
-        write_arrays(place, meta, rows, meaning, featurizer.to(device), device, threads, group)
-        group.wait()
-        if group.main:
-            write_json(place / "paths.json", paths)
-            digests = {file.name: sha256(file) for file in sorted(place.glob("*.npy"))}
-            write_json(place / "meta.json", {**meta, "sha256": digests})
-            if meaning:
-                say_foreground(place, rows)
-    if not group.main:
-        return
-    if tracker:
-        from vos import tracking
-        facts = {key: meta[key] for key in ("featurizer", "levels", "weights", "parameters", "size")}
-        tracking.log_features(tracker, out, args.featurizer, split, {**facts, "frames": len(rows)})
-    print(f"seconds: {time.perf_counter() - started:.3f} ({len(rows)} frames)")
-    cli.say(f"wrote {out}: {total:,.0f} MB")
-    cli.say(f"next: python train.py --features {cli.quote(out)}")
+    paths = {"raw": list_paths([row.image for row in rows], root)}
+    if meaning:
+        paths["annotation"] = list_paths([row.annotation for row in rows], args.masks or root)
+    logged = cli.tracked(mode if group.main else "disabled", "featurize", vars(args), used)
+    plan = {**meta, **paths}
+    with logged as log:
+        with folder.unfinished_folder(out, args.overwrite, inputs, plan, group) as place:
+            write_arrays(place, meta, rows, meaning, featurizer.to(device), device, threads, group)
+            group.wait()
+            if group.main:
+                write_json(place / "paths.json", paths)
+                digests = {file.name: sha256(file) for file in sorted(place.glob("*.npy"))}
+                write_json(place / "meta.json", {**meta, "sha256": digests})
+                if meaning:
+                    say_foreground(place, rows, math.prod(size))
+        if log:
+            from vos import tracking
+            facts = {key: meta[key] for key in ("featurizer", "levels", "weights", "size")}
+            tracking.log_features(log, out, args.featurizer, split, facts)
+    if group.main:
+        print(f"seconds: {time.perf_counter() - started:.3f} ({len(rows)} frames)")
+        cli.say(f"wrote {out}: {megabytes:,.0f} MB")
+        cli.say(f"next: python train.py --features {cli.quote(out)}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from vos.images import image_file
 from vos.inputs import BadInput, is_name, opened, read_json
 from vos.outputs import check_output, new_file
 
+OUTPUT = re.compile(r"outputs/[\w.-]+\.png", re.ASCII)
 EPOCH = (1980, 1, 1, 0, 0, 0)  # every entry's date: the same results give the same bytes
 
 
@@ -29,70 +30,37 @@ def parse_args() -> argparse.Namespace:
 
 
 def check(folder: Path) -> tuple[list[str], dict, list[str]]:
-    """Return (files of the submission, relative to `folder`; metadata; broken rules, a line each)."""
+    """Return (the outputs that paths.json names, in order; metadata; broken rules, a line each)."""
     broken: list[str] = []
-    metadata = read_object(folder / "metadata.json", broken)
-    table = read_object(folder / "paths.json", broken)
-    outputs = check_paths(folder / "paths.json", table, broken)
-    check_metadata(folder / "metadata.json", metadata, len(outputs), broken)
+    metadata, table = {}, {}
+    try:
+        metadata, table = read_json(folder / "metadata.json"), read_json(folder / "paths.json")
+        outputs = [table["output"][str(index)] for index in range(len(table["output"]))]
+        count, sizes = metadata.get("nparams"), metadata.get("sizes")
+        sizes = sizes or [metadata.get("size")] * len(outputs)
+        named = [isinstance(name, str) and is_name(name[8:]) and OUTPUT.fullmatch(name)
+                 for name in outputs]
+    except BadInput as error:
+        return [], metadata, [str(error)]
+    except (KeyError, TypeError, AttributeError):
+        return [], metadata, [f'{folder / "paths.json"}: expected {{"output": {{"0": "outputs/00000.png", '
+                              "...}}, its keys the numbers from 0 on, and an object in metadata.json"]
 
-    sizes = metadata.get("sizes") or [metadata.get("size")] * len(outputs)
-    if not isinstance(sizes, list) or len(sizes) != len(outputs):
-        sizes = [None] * len(outputs)
-    for output, size in cli.progress(list(zip(outputs, sizes)), "check"):
+    if type(count) is not int or not 0 <= count < LIMIT:
+        broken.append(f"{folder / 'metadata.json'}: nparams, the parameters of featurizer and decoder, "
+                      f"is {count}; the contest allows fewer than {LIMIT:,}")
+    if not outputs or metadata.get("frames", len(outputs)) != len(outputs):
+        broken.append(f"{folder / 'metadata.json'}: speaks of {metadata.get('frames')} frames, but "
+                      f"paths.json of {len(outputs)} outputs")
+    for name, fine, size in zip(outputs, named, sizes):
+        if not fine or outputs.count(name) > 1:
+            broken.append(f"{folder / 'paths.json'}: {name!r} is not a PNG in outputs/ named once")
+            continue
         try:
-            check_output_file(folder / output, size)
+            check_output_file(folder / name, size)
         except BadInput as error:
             broken.append(str(error))
-    return [*outputs, "paths.json", "metadata.json"], metadata, broken
-
-
-def read_object(file: Path, broken: list[str]) -> dict:
-    """Return the object that a JSON file holds; {} and a line in `broken` when it holds none."""
-    try:
-        value = read_json(file)
-        if isinstance(value, dict):
-            return value
-        broken.append(f"{file}: expected a JSON object, found something else")
-    except BadInput as error:
-        broken.append(str(error))
-    return {}
-
-
-def check_paths(file: Path, table: dict, broken: list[str]) -> list[str]:
-    """Return the outputs that paths.json names rightly, in order; the rest is noted in `broken`."""
-    column = table.get("output")
-    if not isinstance(column, dict) or not column:
-        broken.append(f'{file}: expected {{"output": {{"0": "outputs/00000.png", ...}}}}')
-        return []
-    outputs: list[str] = []
-    wanted = [str(index) for index in range(len(column))]
-    broken += [f"{file}: index {key!r} is not a number from 0 to {len(column) - 1}"
-               for key in sorted(set(column) - set(wanted))]
-    for key in wanted:
-        path = column.get(key)
-        if key not in column:
-            broken.append(f"{file}: index {key} is missing")
-        elif not isinstance(path, str) or not re.fullmatch(r"outputs/[\w.-]+\.png", path, re.ASCII) \
-                or not is_name(path[8:]):
-            broken.append(f"{file}: {path!r} is not a PNG in outputs/")
-        elif path in outputs:
-            broken.append(f"{file}: {path!r} is named more than once")
-        else:
-            outputs.append(path)
-    return outputs
-
-
-def check_metadata(file: Path, metadata: dict, outputs: int, broken: list[str]) -> None:
-    """Note the rules that metadata.json breaks."""
-    count, frames = metadata.get("nparams"), metadata.get("frames")
-    if type(count) is not int or count < 0:
-        broken.append(f"{file}: 'nparams', the parameters of featurizer and decoder, is missing or not "
-                      "a whole number")
-    elif count >= LIMIT:
-        broken.append(f"{file}: nparams is {count:,}, the contest allows fewer than {LIMIT:,}")
-    if isinstance(frames, int) and outputs and frames != outputs:
-        broken.append(f"{file}: speaks of {frames} frames, but paths.json of {outputs} outputs")
+    return outputs, metadata, broken
 
 
 def check_output_file(file: Path, size: list[int] | None) -> None:
@@ -130,21 +98,22 @@ def main() -> int:
     out = args.out or (Path("results") if used else folder.parent) / f"{name}.zip"
     check_output(out, "submission", args.overwrite, [folder])
 
-    names, metadata, broken = check(folder)
+    outputs, metadata, broken = check(folder)
     if broken:
-        cli.complain("\n".join(map(cli.one_line, broken)))
+        for line in broken:
+            cli.complain(line)
         cli.complain(f"package.py: {folder} breaks {len(broken)} of the contest's rules; nothing was "
                      "written")
         return 1
-    job = "run-val" if metadata.get("annotated") else "run-test"
-    with (cli.tracked(mode, job, vars(args), used) as tracker,
-          new_file(out, "submission", args.overwrite, [folder]) as temporary):
+    names = [*outputs, "paths.json", "metadata.json"]
+    logged = cli.tracked(mode, "run-val" if metadata.get("annotated") else "run-test", vars(args), used)
+    with new_file(out, "submission", args.overwrite, [folder]) as temporary, logged as log:
         write_zip(folder, names, temporary)
-        if tracker:
+        if log:
             from vos import tracking
             decoder = str(metadata.get("decoder", "model"))
-            tracking.log_results(tracker, decoder, {name: folder / name for name in names}, metadata)
-    cli.say(f"wrote {out}: {len(names) - 2} outputs, nparams {metadata['nparams']:,}")
+            tracking.log_results(log, decoder, {name: folder / name for name in names}, metadata)
+    cli.say(f"wrote {out}: {len(outputs)} outputs, nparams {metadata['nparams']:,}")
     return 0
 
 

@@ -23,7 +23,7 @@ from models import DECODERS, Decoder, Recipe
 from vos import cli, distributed, metrics, pictures, runs
 from vos.inputs import BadInput
 from vos.layers import count_flops, count_parameters
-from vos.outputs import check_output, write_json
+from vos.outputs import Stopped, check_output, write_json
 
 MAY_CHANGE = ("device", "threads", "wandb", "overwrite", "debug", "resume", "out")  # when resuming
 
@@ -120,7 +120,7 @@ def fit(decoder: Decoder, training: data.Features, validation: data.Features | N
     bar = cli.progress(range(state["step"], recipe.steps), "train")
 
     decoder.train()
-    with runs.StopSignal() as stop:
+    with runs.stop_signals() as stop:
         for step in bar:
             # the batch: its order and noise depend on (seed, step) alone, so a resumed run is the same
             torch.manual_seed(seed + 1 + step)
@@ -151,10 +151,11 @@ def fit(decoder: Decoder, training: data.Features, validation: data.Features | N
                 best, losses = max(best, row.get("val_iou", best)), []
                 if group.main and out:
                     save(out, row, decoder, training, validation, facts or {}, is_best, draw, tracker)
-            if out and group.main and (due or stop.number):
+            if out and group.main and (due or stop):
                 runs.save_state(out, parts, {"step": step + 1, "best": best, "losses": losses})
-            if stop.number:
-                raise stop.stopped(out, step)
+            if stop:
+                raise Stopped(stop[0], f"stopped after step {step}"
+                              + (f"; go on with: python train.py --resume {out}" if out else ""))
 
     decoder.eval()
     return best if validation else None

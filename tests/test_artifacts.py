@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from wandb_server import ENTITY
@@ -33,7 +34,6 @@ def test_features_go_up_and_come_down_the_same(tmp_path, server):
 
     folder, used = tracking.fetch("wandb:alexnet-featurized-train:latest", "disabled")
     assert used == f"{ENTITY}/davis/alexnet-featurized-train:v0"
-    assert tracking.plain_name(used) == "alexnet-featurized-train"
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == given
     assert len(server.runs) == 1  # fetching starts none
 
@@ -76,12 +76,12 @@ def test_malformed_names(source):
 
 
 def test_what_is_not_there_or_cannot_be_kept(server, tmp_path, monkeypatch):
-    with pytest.raises(BadInput, match=r"linear:latest: there is no such artifact"):
+    with pytest.raises(BadInput, match=r"linear:latest: not in the cache .* not found in"):
         tracking.fetch(LATEST, "disabled")
     server.publish("linear", "trained-model", MODEL)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "file"))
-    with pytest.raises(BadInput, match="set WANDB_CACHE_DIR"):
+    with pytest.raises(BadInput, match=r"\(WANDB_CACHE_DIR\)"):
         tracking.fetch(LATEST, "disabled")
 
 
@@ -89,16 +89,16 @@ def test_a_tampered_download_is_refused(server):
     artifact = server.publish("linear", "trained-model", MODEL)
     key = f"blob/{artifact['id']}/final_model"
     server.files[key] = b"changed"  # the same size, so that only the digest can tell
-    with pytest.raises(BadInput, match=r"could not be fetched whole .*igest mismatch.*final_model"):
+    with pytest.raises(BadInput, match=r"not in the cache .*igest mismatch.*final_model"):
         fetch_model()
     home = tracking.cached(f"{ENTITY}/davis/linear")
-    assert [path.name for path in home.iterdir()] == [".lock"]  # nothing half-fetched is left
+    assert list(home.iterdir()) == []  # nothing half-fetched is left
 
 
 @pytest.mark.parametrize("path", ["../evil", "/evil", "..\\evil", "C:\\evil"])
 def test_entries_that_leave_the_folder_are_refused(server, tmp_path, path):
     server.publish("linear", "trained-model", {path: b"x"})
-    with pytest.raises(BadInput, match=r"wandb:tester/davis/linear:v0: .*is no path in its folder"):
+    with pytest.raises(BadInput, match=r"tester/davis/linear:v0: .*is no path in its folder"):
         tracking.fetch(LATEST, "disabled")
     assert list(tmp_path.rglob("*evil*")) == []
 
@@ -108,23 +108,16 @@ def test_references_to_files_elsewhere_are_refused(server):
     manifest = json.loads(server.files[key])
     manifest["contents"]["data"]["ref"] = "file:///etc/passwd"
     server.files[key] = json.dumps(manifest).encode()
-    with pytest.raises(BadInput, match=r"'data' refers to file:///etc/passwd, expected a stored"):
+    with pytest.raises(BadInput, match=r"'file:///etc/passwd' is no path in its folder"):
         tracking.fetch(LATEST, "disabled")
 
 
-def test_entries_written_on_windows_become_folders(server):
+def test_processes_may_want_an_artifact_from_windows_at_once(server):
     server.publish("linear", "dataset", {"paths.json": b"{}", "JPEGImages\\bear\\0.jpg": b"jpeg"})
-    folder, _ = tracking.fetch(LATEST, "disabled")
-    assert (folder / "JPEGImages" / "bear" / "0.jpg").read_bytes() == b"jpeg"
-
-
-def test_processes_that_want_the_same_download_it_once(server):
-    server.publish("linear", "trained-model", {"final_model": b"x" * 1000})
     script = f"from vos import tracking; print(tracking.fetch({LATEST!r}, 'disabled')[0])"
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    both = [subprocess.Popen([sys.executable, "-c", script], env=environment, **pipes)
-            for _ in range(2)]
+    given = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True,
+             "env": {**os.environ, "PYTHONPATH": str(ROOT)}}
+    both = [subprocess.Popen([sys.executable, "-c", script], **given) for _ in range(2)]
     printed, said = zip(*(process.communicate(timeout=60) for process in both))
     assert printed[0] == printed[1] and printed[0].endswith("v0\n"), said
-    assert "".join(said).count("downloading") == 1
+    assert Path(printed[0].strip(), "JPEGImages", "bear", "0.jpg").read_bytes() == b"jpeg"

@@ -1,101 +1,80 @@
-"""What a whole clip tells: against definitions, on clips whose answer is known, and kept beside the features."""
+"""What a whole clip tells: against definitions, on clips whose answer is known, and in a folder."""
 import numpy as np
 import pytest
 import torch
-from helpers import write_features
+from helpers import call, ok, write_davis
 
-import cues
-import inference
-import models
-import resident
-from data import open_features
-
-CPU = torch.device("cpu")
+import data
+from vos import cues
 
 
-def moving_clip(frames: int = 20, channels: int = 12, height: int = 16, width: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
-    """A panning background of smooth random features, and an object of others that moves its own way. Returns level, mask."""
+def make_moving_clip(frames: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a panning background of random features, with an object that moves its own way; a mask.
+
+    [T, 12, 16, 24] and bool [T, 16, 24].
+    """
     draw = torch.Generator().manual_seed(0)
-    coarse = torch.randn(1, channels, 10, 24, generator=draw)
-    world = torch.nn.functional.interpolate(coarse, (height + 4, width + 2 * frames), mode="bilinear")[0]
-    own = torch.randn(channels, 5, 5, generator=draw) + 2 * torch.randn(channels, 1, 1, generator=draw)
-    level, mask = torch.empty(frames, channels, height, width), torch.zeros(frames, height, width, dtype=torch.bool)
+    coarse = torch.randn(1, 12, 10, 24, generator=draw)
+    world = torch.nn.functional.interpolate(coarse, (20, 24 + 2 * frames), mode="bilinear")[0]
+    own = torch.randn(12, 5, 5, generator=draw) + 2 * torch.randn(12, 1, 1, generator=draw)
+    level, mask = torch.empty(frames, 12, 16, 24), torch.zeros(frames, 16, 24, dtype=torch.bool)
     for frame in range(frames):
-        level[frame] = world[:, 2:2 + height, frame:frame + width]
-        top, left = 3 + frame % 7, width - 7 - frame % 9
+        level[frame] = world[:, 2:18, frame:frame + 24]
+        top, left = 3 + frame % 7, 17 - frame % 9
         level[frame, :, top:top + 5, left:left + 5] = own
         mask[frame, top:top + 5, left:left + 5] = True
     return level, mask
 
 
-def auc(values: torch.Tensor, mask: torch.Tensor) -> float:
-    """The chance that a position of the mask has a higher value than one outside."""
-    inside, outside = values[mask], values[~mask]
-    return float((inside[:, None] > outside).float().mean())
-
-
 def test_distance_is_mahalanobis():
-    level = torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    weight = torch.rand(3, 5, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    draw = torch.Generator().manual_seed(0)
+    level = torch.randn(3, 4, 5, 6, generator=draw, dtype=torch.float64)
+    weight = torch.rand(3, 5, 6, generator=draw, dtype=torch.float64)
     rows, share = level.permute(0, 2, 3, 1).reshape(-1, 4).numpy(), weight.flatten().numpy()
     covariance = np.cov(rows.T, aweights=share, bias=True)
     covariance += 0.1 * np.diag(covariance).mean() * np.eye(4)
     off = rows - np.average(rows, axis=0, weights=share)
-    expected = np.log(np.einsum("ij,jk,ik->i", off, np.linalg.inv(covariance), off) + 1e-6).reshape(3, 5, 6)
+    squares = np.einsum("ij,jk,ik->i", off, np.linalg.inv(covariance), off)
+    expected = np.log(squares + 1e-6).reshape(3, 5, 6)
     np.testing.assert_allclose(cues.distance(level, weight).numpy(), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("shift", [(0, 0), (2, -3), (-4, 5)])
-def test_the_cameras_shift_is_found(shift):
-    world = torch.nn.functional.normalize(torch.randn(40, 50, 6, generator=torch.Generator().manual_seed(0)), dim=2)
-    first, second = world[10:26, 10:34], world[10 - shift[0]:26 - shift[0], 10 - shift[1]:34 - shift[1]]
+@pytest.mark.parametrize("down, right", [(0, 0), (2, -3), (-4, 5)])
+def test_the_cameras_shift_is_found(down, right):
+    world = torch.randn(40, 50, 6, generator=torch.Generator().manual_seed(0))
+    world = torch.nn.functional.normalize(world, dim=2)
+    first, second = world[10:26, 10:34], world[10 - down:26 - down, 10 - right:34 - right]
     spectra = [torch.fft.rfft2(x[None], s=(32, 48), dim=(1, 2)) for x in (first, second)]
-    assert cues.camera_shift(*spectra, 16, 24).tolist() == [list(shift)]
+    assert cues.camera_shift(*spectra, 16, 24).tolist() == [[down, right]]
 
 
 def test_an_object_that_moves_its_own_way_stands_out():
-    level, mask = moving_clip()
+    level, mask = make_moving_clip()
     maps = cues.clip_cues(level)
-    assert maps.shape == (20, cues.CUES, 16, 24) and maps.isfinite().all()
-    torch.testing.assert_close(maps.mean((0, 2, 3)), torch.zeros(cues.CUES), rtol=0, atol=1e-4)
-    assert [auc(maps[:, cue], mask) > 0.85 for cue in range(cues.CUES)] == [True] * cues.CUES, \
-        [auc(maps[:, cue], mask) for cue in range(cues.CUES)]
+    assert maps.shape == (20, 4, 16, 24) and maps.isfinite().all()
+    torch.testing.assert_close(maps.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-4)
+    for cue in maps.unbind(1):  # the chance that the object has more of it than the background
+        assert (cue[mask][:, None] > cue[~mask]).float().mean() > 0.85
 
 
-@pytest.mark.parametrize("frames", [1, 2, 3])
-def test_short_clips_have_cues_too(frames):
-    assert cues.clip_cues(moving_clip()[0][:frames]).isfinite().all()
+@pytest.mark.parametrize("level", [
+    make_moving_clip(1)[0], make_moving_clip(3)[0], torch.zeros(5, 3, 7, 9),
+    torch.randn(2, 3, 1, 1), make_moving_clip(1)[0].expand(6, -1, -1, -1)], ids=["1 frame", "3", "nothing", "1x1", "static"])
+def test_short_static_and_tiny_clips_have_cues_too(level):
+    assert cues.clip_cues(level).isfinite().all()
 
 
-def test_cues_are_kept_beside_the_features_and_made_anew_when_damaged(tmp_path, monkeypatch):
-    write_features(tmp_path / "f", {"cat": 5, "dog": 4})
-    folder = open_features(tmp_path / "f")
-    level = next(iter(folder.meta["levels"]))
-    loaded = resident.load_features(folder, [level], CPU)
-    first = cues.with_cues(loaded, folder.meta["clips"], folder, [level]).levels[1]
-    assert first.shape == (9, cues.CUES, *folder.meta["levels"][level][1:]) and first.dtype == torch.float16
-
-    monkeypatch.setattr(cues, "make_cues", lambda *_: pytest.fail("made again"))
-    assert torch.equal(cues.with_cues(loaded, folder.meta["clips"], folder, [level]).levels[1], first)
-    monkeypatch.undo()
-    file = tmp_path / "f" / f"cues.{level}.npy"
-    damaged = bytearray(file.read_bytes())
-    damaged[-3] ^= 1
-    file.write_bytes(damaged)
-    assert torch.equal(cues.with_cues(loaded, folder.meta["clips"], folder, [level]).levels[1], first)
-
-
-def test_adapting_changes_a_copy_and_repeats_itself(tmp_path):
-    write_features(tmp_path / "f", {"cat": 9})
-    folder = open_features(tmp_path / "f")
-    levels = list(folder.meta["levels"])
-    torch.manual_seed(0)
-    decoder = models.make_decoder("temporal", {level: tuple(folder.meta["levels"][level]) for level in levels}, folder.size).eval()
-    loaded = models.look_at_clips("temporal", resident.load_features(folder, levels, CPU), folder.meta["clips"])
-    with torch.no_grad():
-        decoder.output.weight.mul_(40)  # sure of itself somewhere
-    before = {key: value.clone() for key, value in decoder.state_dict().items()}
-    tuned, again = (inference.adapt(decoder, loaded, torch.arange(9)).state_dict() for _ in range(2))
-    assert all(torch.equal(value, before[key]) for key, value in decoder.state_dict().items())
-    assert all(torch.equal(value, again[key]) for key, value in tuned.items())
-    assert any(not torch.equal(value, before[key]) for key, value in tuned.items())
+def test_featurize_keeps_the_cues_of_each_clip_beside_its_features(tmp_path):
+    write_davis(tmp_path / "clips", clips=2, val_clips=1, frames=3, size=(64, 96))
+    flags = ("--data", tmp_path / "clips", "--split", "train", "--featurizer", "alexnet",
+             "--weights", "random", "--threads", 1)
+    ok(call("featurize", *flags, "--levels", "s8,s16", "--out", tmp_path / "f"))
+    loaded = data.load_features(data.open_features(tmp_path / "f"), cues=True)
+    for level, kept in zip(loaded.levels[:2], loaded.levels[2:], strict=True):
+        assert kept.shape == (6, 4, *level.shape[2:]) and kept.dtype == torch.float16
+        for first in (0, 3):
+            made = cues.clip_cues(level[first:first + 3]).half()
+            torch.testing.assert_close(kept[first:first + 3], made, rtol=0, atol=2e-3)
+    ok(call("featurize", *flags, "--levels", "s8,s16", "--no-cues", "--out", tmp_path / "none"))
+    ok(call("featurize", *flags, "--out", tmp_path / "one"))
+    assert not [*tmp_path.glob("none/cues*"), *tmp_path.glob("one/cues*")]

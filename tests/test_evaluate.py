@@ -180,7 +180,7 @@ def test_frames_that_moved_are_found_with_data(real, tmp_path):
     evaluate(*flags, "--no-pictures", "--overwrite")  # the features and masks are enough
 
 
-SHAPES = {"16:9": (144, 256), "4:3": (144, 192), "2.35:1": (136, 320), "square": (160, 160),
+SHAPES = {"16x9": (144, 256), "4x3": (144, 192), "cinema": (136, 320), "square": (160, 160),
           "portrait": (256, 144), "qcif": (144, 176)}
 
 

@@ -184,11 +184,11 @@ def test_random_weights_are_always_the_same_and_leave_the_generator_alone():
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda state: {}, "10 missing"),
+    (lambda state: {}, "Missing key.*10[.]bias"),
     (lambda state: {"state": state}, "expected a state dict"),
     (lambda state: [1, 2], "expected a state dict"),
-    (lambda state: {**state, "features.99.bias": state["features.0.bias"]}, "1 extra.*99[.]bias"),
-    (lambda state: {**state, "features.0.bias": torch.zeros(3)}, "1 of another shape.*0[.]bias"),
+    (lambda state: {**state, "features.99.bias": torch.zeros(3)}, "Unexpected key.*99[.]bias"),
+    (lambda state: {**state, "features.0.bias": torch.zeros(3)}, "size mismatch for 0[.]bias"),
     (lambda state: {**state, "classifier.1.bias": np.array}, "Weights only load"),
 ])
 def test_other_weights_are_never_loaded(tmp_path, change, words):
@@ -201,7 +201,7 @@ def test_other_weights_are_never_loaded(tmp_path, change, words):
 # --- batches -------------------------------------------------------------------------------------
 
 
-def test_frames_of_another_size_are_resized_and_batches_halved(monkeypatch, capsys):
+def test_frames_of_another_size_are_resized_and_batches_halved(monkeypatch):
     featurizer = build_featurizer("alexnet", ["s4"], "random")
     ramp = np.arange(0, 240, dtype=np.uint8)[None, :, None].repeat(128, 0).repeat(3, 2)
     half = ramp[::2, ::2] // 2 + ramp[1::2, 1::2] // 2  # about the mean of each pair of columns
@@ -215,6 +215,6 @@ def test_frames_of_another_size_are_resized_and_batches_halved(monkeypatch, caps
     monkeypatch.setattr(featurizers.Featurizer, "forward", small)
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
     maps, = run_featurizer(featurizer, [ramp, half, half], (64, 120), CPU)
-    assert maps.shape == (3, 64, 15, 29) and "--batch-size 1" in capsys.readouterr().out
+    assert maps.shape == (3, 64, 15, 29)
     assert torch.equal(maps[1], maps[2])
     assert (maps[0] - maps[1]).norm() < 0.02 * maps[1].norm()

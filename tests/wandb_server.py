@@ -1,14 +1,8 @@
 """A small Weights & Biases server on loopback: the real client logs runs and moves artifacts.
 
 It answers the client's GraphQL operations by name, takes and gives files at "signed" URLs on
-itself, and collects the file stream of each run. All is in memory and ends with the process:
-
-    with WandbServer() as server:
-        ...  # run the client with WANDB_BASE_URL=server.url and WANDB_API_KEY=server.key
-        server.runs, server.artifact("name:latest"), server.operations
-
-`server.failing = {"storage": 403}` answers with that status from now on, for graphql, stream
-(metrics) or storage (files). `server.stop()` refuses connections.
+itself, and collects the file stream of each run, all in memory. `server.failing["storage"] = 403`
+answers with that status, for graphql, stream (metrics) or storage (files).
 """
 import base64
 import gzip
@@ -59,8 +53,6 @@ class WandbServer:
         self.http.shutdown()
         self.http.server_close()
 
-    # What tests put there and ask.
-
     def publish(self, name, type, contents, project="davis"):
         """Add a version of artifact `name` as if a client had: contents {entry path: bytes}."""
         created = self.do_CreateArtifact({"input": {
@@ -70,8 +62,7 @@ class WandbServer:
         entries = {}
         for path, data in contents.items():
             digest = base64.b64encode(hashlib.md5(data).digest()).decode()
-            entries[path] = {
-                "digest": digest, "birthArtifactID": artifact["id"], "size": len(data)}
+            entries[path] = {"digest": digest, "birthArtifactID": artifact["id"], "size": len(data)}
             self.files[f"blob/{artifact['id']}/{path}"] = data
         manifest = {"version": 1, "storagePolicy": "wandb-storage-policy-v1",
                     "storagePolicyConfig": {"storageLayout": "V2"}, "contents": entries}
@@ -82,11 +73,10 @@ class WandbServer:
     def artifact(self, name):
         """Return the committed artifact called "collection:alias" or "collection:vN", or None."""
         collection, alias = name.split(":")
-        for artifact in self.artifacts.values():
-            called = alias in (*artifact["aliases"], artifact["version"])
-            if called and (artifact["name"], artifact["state"]) == (collection, "COMMITTED"):
-                return artifact
-        return None
+        found = [artifact for artifact in self.artifacts.values()
+                 if (artifact["name"], artifact["state"]) == (collection, "COMMITTED")
+                 and alias in (*artifact["aliases"], artifact["version"])]
+        return found[0] if found else None
 
     def entries(self, artifact):
         """Return {entry path: its manifest record, with the key of its bytes in `files`}."""
@@ -102,8 +92,6 @@ class WandbServer:
         """Return the URL where `key` is put and got."""
         return f"{self.url}/storage/{quote(key)}"
 
-    # GraphQL operations, named as the client names them: variables in, `data` out.
-
     def answer(self, operation, variables, query):
         """Return the `data` of one operation; to an unknown one, what an empty server would."""
         with self.lock:
@@ -118,6 +106,8 @@ class WandbServer:
         return {"viewer": {"id": "user", "entity": ENTITY, "username": ENTITY,
                            "email": "tester@localhost", "flags": "{}", "teams": {"edges": []}}}
 
+    do_GetDefaultEntity = do_Viewer
+
     def do_ServerFeaturesQuery(self, _):
         return {"serverInfo": {"features": []}}
 
@@ -130,12 +120,7 @@ class WandbServer:
         run["job_type"] = v.get("jobType") or run.get("job_type")
         owner = {"id": project, "name": run["project"], "entity": {"id": ENTITY, "name": ENTITY}}
         return {"upsertBucket": {"inserted": True, "bucket": {
-            "id": name, "name": name, "displayName": v.get("displayName") or name,
-            "description": "", "config": "{}", "sweepName": None, "historyLineCount": 0,
-            "project": owner}}}
-
-    def do_RunState(self, v):
-        return {"project": {"run": {"id": v["run"], "state": "running"}}}
+            "id": name, "name": name, "displayName": name, "project": owner}}}
 
     def do_CreateRunFiles(self, v):
         files = [{"name": name, "uploadUrl": self.signed(f"run/{v['run']}/{name}")}
@@ -175,9 +160,8 @@ class WandbServer:
         edges = []
         for spec in v["input"]["artifactFiles"]:
             key = f"blob/{spec['artifactID']}/{spec['name']}"
-            edges.append({"node": {
-                "storagePath": key, "uploadUrl": self.signed(key), "uploadHeaders": [],
-                "uploadMultipartUrls": None, "artifact": {"id": spec["artifactID"]}}})
+            edges.append({"node": {"storagePath": key, "uploadUrl": self.signed(key),
+                                   "uploadHeaders": [], "artifact": {"id": spec["artifactID"]}}})
         return {"createArtifactFiles": {"files": {"edges": edges}}}
 
     def do_CommitArtifact(self, v):
@@ -195,9 +179,6 @@ class WandbServer:
         spec = v.get("input") or v
         self.runs[spec["runName"]]["uses"].append(spec["artifactID"])
         return {"useArtifact": {"artifact": {"id": spec["artifactID"]}}}
-
-    def do_GetDefaultEntity(self, _):
-        return {"viewer": {"id": "user", "entity": ENTITY}}
 
     def do_OrganizationCoreWeaveOrganizationID(self, _):
         return {"entity": {"organization": None}}
@@ -228,8 +209,8 @@ class WandbServer:
                 "versionIndex": int(artifact["version"][1:]), "aliases": aliases,
                 "artifactType": {"name": artifact["type"]}, "description": None,
                 "metadata": json.dumps(artifact["metadata"]), "ttlDurationSeconds": -2,
-                "ttlIsInherited": True, "tags": [], "historyStep": None,
-                "state": artifact["state"], "size": sum(sizes), "digest": artifact["digest"],
+                "ttlIsInherited": True, "tags": [], "historyStep": None, "size": sum(sizes),
+                "state": artifact["state"], "digest": artifact["digest"],
                 "commitHash": "0", "fileCount": len(sizes), "createdAt": "2026-01-01T00:00:00Z",
                 "updatedAt": "2026-01-01T00:00:00Z"}
 
@@ -244,10 +225,9 @@ class WandbServer:
 
     def do_GetArtifactMembershipFileUrls(self, v):
         artifact = self.artifact(f"{v['collection']}:{v['alias']}")
-        edges = []
-        for path, entry in self.entries(artifact).items():
-            url = self.signed(entry["key"])
-            edges.append({"node": {"__typename": "File", "name": path, "directUrl": url}})
+        edges = [{"node": {"__typename": "File", "name": path,
+                           "directUrl": self.signed(entry["key"])}}
+                 for path, entry in self.entries(artifact).items()]
         page = {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}
         return {"project": {"artifactCollection": {
             "__typename": "ArtifactSequence",
@@ -308,7 +288,6 @@ class Handler(BaseHTTPRequestHandler):
     def reply(self, part, body, status=200):
         """Answer with `status`, or with what `failing` says for this part of the server."""
         self.send_response(self.server_state.failing.get(part, status))
-        self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)

@@ -1,8 +1,4 @@
-"""What a whole clip tells about each of its positions, found without training, from frozen features.
-
-The background is what the frames' borders show and what looks like it; the object is what differs from
-that, is rare in the clip, and moves otherwise than the camera. Decoders that set `cues` get these maps
-beside the features.
+"""What a whole clip tells about each of its positions, found without training, from its features.
 
 T frames of one clip in order, C channels, h w feature grid.
 """
@@ -16,19 +12,17 @@ SPANS = (2, 4, 8, 16)  # frames from one to the other that it is compared with
 
 
 def clip_cues(level: torch.Tensor) -> torch.Tensor:
-    """Return four numbers for each position of a clip's level, [T, C, h, w] -> float32 [T, 4, h, w].
+    """Return four cues for each position of a clip's level, [T, C, h, w] -> float32 [T, 4, h, w].
 
-    How far its features lie from the background's (at first what is at the frames' borders, then, twice,
-    what looks like that), how far from all that the clip shows, how much they changed against their
-    median over time, and how much more than most positions against other frames once the camera's shift
-    is undone. All are logarithms, standardised over the clip.
+    How far it lies from the background (what is at the frames' borders, then, twice, what looks
+    like that), how far from all the clip, how much it changed against its median over time, and how
+    much more than most against other frames. All are logarithms, standardised over the clip.
     """
     level = level.float()
     frames, _, height, width = level.shape
     edge = max(1, height // 15)
-    border = torch.ones(height, width, dtype=torch.bool, device=level.device)
-    border[edge:-edge, edge:-edge] = False
-    border = border.expand(frames, height, width)
+    border = torch.ones(frames, height, width, dtype=torch.bool, device=level.device)
+    border[:, edge:-edge, edge:-edge] = False
 
     far = distance(level, border.float())
     for _ in range(2):
@@ -42,21 +36,16 @@ def clip_cues(level: torch.Tensor) -> torch.Tensor:
     median = level.median(0).values
     change = ((level - median) / spread).square().mean(1).add(1e-3).log()
 
-    fine = height * width > CELLS
-    moved = aligned_change(F.avg_pool2d(level / spread, 2) if fine else level / spread)
-    if fine:
-        moved = F.interpolate(moved[:, None], (height, width), mode="bilinear")[:, 0]
+    step = 2 if height * width > CELLS else 1
+    moved = aligned_change(F.avg_pool2d(level / spread, step))
+    moved = F.interpolate(moved[:, None], (height, width), mode="bilinear")[:, 0]
 
     cues = torch.stack([far, rare, change, moved], 1)
     return (cues - cues.mean((0, 2, 3), keepdim=True)) / (cues.std((0, 2, 3), keepdim=True) + 1e-3)
 
 
 def distance(level: torch.Tensor, weight: torch.Tensor, shrink: float = 0.1) -> torch.Tensor:
-    """Log of the squared Mahalanobis distance of every position from the positions that `weight` names.
-
-    level: [T, C, h, w]; weight: [T, h, w], at least 0. The covariance is shrunk towards its mean variance
-    by the share `shrink`. Returns [T, h, w].
-    """
+    """Return the log squared Mahalanobis distance from what `weight` [T, h, w] names, [T, h, w]."""
     frames, channels, height, width = level.shape
     x = level.permute(0, 2, 3, 1).reshape(-1, channels)
     share = weight.reshape(-1) / weight.sum().clamp_min(1e-6)
@@ -69,12 +58,7 @@ def distance(level: torch.Tensor, weight: torch.Tensor, shrink: float = 0.1) -> 
 
 
 def aligned_change(level: torch.Tensor) -> torch.Tensor:
-    """Log of how little positions look like the same place in other frames, the camera's shift undone.
-
-    level: [T, C, h, w]. Of the frames before and after, the one that matches better counts: what only
-    uncovers background matches on one side. Mean over SPANS; positions that leave the frame both ways get
-    the median. Returns [T, h, w].
-    """
+    """Return the log of how much a place differs in other frames, camera aside, [T, h, w]."""
     frames, channels, height, width = level.shape
     x = (level - level.mean((0, 2, 3), keepdim=True)).permute(0, 2, 3, 1)  # [T, h, w, C]
     flat = x.reshape(-1, channels)
@@ -90,6 +74,7 @@ def aligned_change(level: torch.Tensor) -> torch.Tensor:
         shift = camera_shift(spectra[:-span], spectra[span:], height, width)
         least = torch.full_like(total, torch.inf)
         least[:-span] = mismatch(x[:-span], x[span:], shift)
+        # the better of both sides counts: uncovered background matches on one only
         least[span:] = torch.minimum(least[span:], mismatch(x[span:], x[:-span], -shift))
         seen = least.isfinite()
         total += torch.where(seen, least, 0)
@@ -101,28 +86,21 @@ def aligned_change(level: torch.Tensor) -> torch.Tensor:
     return torch.where(count > 0, change, change[count > 0].median())
 
 
-def camera_shift(first: torch.Tensor, second: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Return the shift (rows, columns) by which most of a frame moved to become another, int64 [n, 2].
-
-    first, second: the frames' spectra, [n, 2h, w + 1, C], of unit vectors padded with zeros to twice the
-    size: their cross-correlation is largest at the shift. Only shifts that leave 40 % in sight count.
-    """
-    product = (first.conj() * second).sum(3)
+def camera_shift(one: torch.Tensor, other: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Return how far (rows, columns) most of a frame moved, int64 [n, 2], from padded spectra."""
+    product = (one.conj() * other).sum(3)
     correlation = torch.fft.irfft2(product, s=(2 * height, 2 * width))  # [n, 2h, 2w]
     rows, columns = (torch.fft.fftfreq(2 * n, 0.5 / n, device=product.device).round().long()
                      for n in (height, width))
     overlap = (height - rows.abs())[:, None] * (width - columns.abs())
-    enough = overlap > 0.4 * height * width
+    enough = overlap > 0.4 * height * width  # stays in sight
     correlation = torch.where(enough, correlation / overlap.clamp(min=1), -torch.inf)
     best = correlation.flatten(1).argmax(1)
     return torch.stack([rows[best // (2 * width)], columns[best % (2 * width)]], 1)
 
 
 def mismatch(x: torch.Tensor, other: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Return 1 - cosine of each position with the best of the 3 x 3 around it in `other`, shifted.
-
-    x, other: unit vectors [n, h, w, C]; shift: int64 [n, 2]. Returns [n, h, w], inf where that is outside.
-    """
+    """Return 1 - cosine to the best of the 3 x 3 in `other`, shifted, or inf outside, [n, h, w]."""
     frames, height, width, _ = x.shape
     frame = torch.arange(frames, device=x.device)[:, None, None]
     rows = torch.arange(height, device=x.device)[:, None] + shift[:, 0, None, None]  # [n, h, 1]

@@ -3,15 +3,13 @@ import functools
 import importlib.util
 import itertools
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from vos.inputs import BadInput
+from vos.inputs import BadInput, opened
 
 STAGES = ((3, 1, 1), (3, 2, 6), (5, 2, 6), (3, 2, 6), (5, 1, 6), (5, 2, 6), (3, 1, 6))
 VARIANTS = {  # channels and blocks of each stage; those of STAGES are kernel, stride and expansion
@@ -26,12 +24,11 @@ class SameConv(nn.Conv2d):
     """A convolution padded as TensorFlow's "same": ceil(n / stride) out, odd padding at the end."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        sides = zip(x.shape[-2:], self.stride, self.kernel_size)
-        pads = [max((-(-n // s) - 1) * s + k - n, 0) for n, s, k in sides]
+        pads = [k - 1 - (n - 1) % s for n, s, k in zip(x.shape[-2:], self.stride, self.kernel_size)]
         if any(pad % 2 for pad in pads):
-            x = F.pad(x, (0, pads[1] % 2, 0, pads[0] % 2))
+            x = nn.functional.pad(x, (0, pads[1] % 2, 0, pads[0] % 2))
         both = [pad // 2 for pad in pads]
-        return F.conv2d(x, self.weight, self.bias, self.stride, both, groups=self.groups)
+        return nn.functional.conv2d(x, self.weight, self.bias, self.stride, both, 1, self.groups)
 
 
 class InvertedResidual(nn.Sequential):
@@ -53,12 +50,11 @@ class InvertedResidual(nn.Sequential):
 
 
 class EfficientNetLite(nn.Module):
-    """The network; `taps` has how many blocks lead to each level."""
+    """Frames [B, 3, H, W] in [-1, 1] to maps; `taps` has how many blocks lead to each level."""
 
-    mean, std, default = (0.5,) * 3, (0.5,) * 3, ("s32", "s16", "s8")
-
-    def __init__(self, name: str):
+    def __init__(self, name: str, weights: str | None = "random"):
         super().__init__()
+        self.mean, self.std, self.default = (0.5,) * 3, (0.5,) * 3, ("s32", "s16", "s8")
         self.conv_stem, self.bn0 = SameConv(3, 32, 3, stride=2, bias=False), Norm(32)
         self.blocks, self.taps = nn.ModuleList(), {}
         inputs, total = 32, 2
@@ -68,8 +64,10 @@ class EfficientNetLite(nn.Module):
                 self.blocks.append(InvertedResidual(inputs, outputs, kernel, step, expansion))
                 inputs = outputs
             self.taps[f"s{total}"] = len(self.blocks)
+        if weights != "random":
+            self.load_state_dict(feature_state(read(weights or weights_file(name))))
 
-    def cut(self, levels: Iterable[str]) -> None:
+    def cut(self, levels: set[str]) -> None:
         """Keep what `levels` need; fold each BatchNorm (in eval mode) into its convolution."""
         self.taps = {level: self.taps[level] for level in levels}
         self.blocks = self.blocks[:max(self.taps.values())]
@@ -80,10 +78,14 @@ class EfficientNetLite(nn.Module):
                     setattr(parent, norm, nn.Identity())
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Map frames float [B, 3, H, W] in [-1, 1] to {level: [B, C, h, w]}, h = ceil(H / s)."""
-        x = F.relu6(self.bn0(self.conv_stem(x)), inplace=True)
+        x = nn.functional.relu6(self.bn0(self.conv_stem(x)), inplace=True)
         maps = list(itertools.accumulate(self.blocks, lambda x, block: block(x), initial=x))
         return {level: maps[count] for level, count in self.taps.items()}
+
+
+def read(file: str | Path) -> dict[str, torch.Tensor]:
+    with opened(Path(file)) as stream:
+        return torch.load(stream, map_location="cpu", weights_only=True)
 
 
 def weights_file(name: str) -> Path:

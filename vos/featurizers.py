@@ -1,24 +1,16 @@
-"""Frozen, pretrained image networks: a frame in, one feature map per level out.
-
-A level is named by its stride: "s16" is the network's last map at that stride, "s16@0.5" the same
-of the frame at half size. To add a featurizer, write a network with `mean`, `std`, `default` levels,
-`taps` (by level), `cut(levels)` (drops what they do not need), `forward` (frames to {level: map}).
-"""
+"""Frozen, pretrained image networks: a frame in, one feature map per level out."""
 import copy
 import hashlib
 import itertools
-import textwrap
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import interpolate
 
 from vos.cli import level_name, level_stride, parse_level
-from vos.efficientnet_lite import VARIANTS, EfficientNetLite, feature_state, weights_file
-from vos.inputs import BadInput, opened
+from vos.efficientnet_lite import VARIANTS, EfficientNetLite, read
+from vos.inputs import BadInput
 
 
 class Featurizer(nn.Module):
@@ -66,18 +58,17 @@ class Featurizer(nn.Module):
 
 
 class AlexNet(nn.Sequential):
-    """The convolutions of torchvision's AlexNet; `taps` maps a level to the layers that lead to it."""
-
-    mean, std, default = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), ("s32",)
+    """The convolutions of torchvision's AlexNet; `taps` has how many lead to a level."""
 
     def __init__(self, name: str, weights: str | None):
-        from torchvision.models import AlexNet_Weights, alexnet
-        super().__init__(*alexnet().features)
+        from torchvision.models import alexnet
+        super().__init__(*alexnet(weights=None if weights else "DEFAULT").features)
+        self.mean, self.std, self.default = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), ("s32",)
         self.taps = {"s4": 2, "s8": 5, "s16": 12, "s32": 13}
-        if weights != "random":
-            state = read(weights) if weights else AlexNet_Weights.DEFAULT.get_state_dict(True)
-            state = {key.removeprefix("features."): value for key, value in state.items()}
-            load(self, state, "classifier.")
+        if weights not in (None, "random"):
+            state = read(weights)
+            kept = [key for key in state if not key.startswith("classifier.")]
+            self.load_state_dict({key.removeprefix("features."): state[key] for key in kept})
 
     def cut(self, levels: set[str]) -> None:
         self.taps = {level: self.taps[level] for level in levels}
@@ -85,7 +76,7 @@ class AlexNet(nn.Sequential):
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         maps = list(itertools.accumulate(self, lambda x, layer: layer(x), initial=x))
-        return {level: maps[index] for level, index in self.taps.items()}
+        return {level: maps[count] for level, count in self.taps.items()}
 
 
 class Timm(nn.Module):
@@ -100,7 +91,10 @@ class Timm(nn.Module):
         except TypeError:  # no vision transformer: takes frames of any size as it is
             network = timm.create_model(name[5:], **options)
         if weights not in (None, "random"):
-            load(network, read(weights), network.pretrained_cfg.get("classifier") or ())
+            state, own = read(weights), network.state_dict()
+            spare = network.pretrained_cfg.get("classifier") or ()
+            kept = [key for key in state if key in own or not key.startswith(spare)]
+            network.load_state_dict({key: state[key] for key in kept})
 
         strides = [int(info["reduction"]) for info in network.feature_info]
         self.network, self.taps = network, {f"s{s}": index for index, s in enumerate(strides)}
@@ -120,24 +114,17 @@ class Timm(nn.Module):
         return dict(zip(self.taps, maps))
 
 
-def build_efficientnet_lite(name: str, weights: str | None) -> EfficientNetLite:
-    network = EfficientNetLite(name)
-    if weights != "random":
-        load(network, feature_state(read(weights or str(weights_file(name)))))
-    return network
-
-
-FEATURIZERS = {"alexnet": AlexNet, **dict.fromkeys(VARIANTS, build_efficientnet_lite)}
+# To add one, write a network with `mean`, `std`, `default` levels, `taps` (by level), `cut(levels)`
+# (drops what they do not need) and `forward` (normalised frames to {level: map}).
+FEATURIZERS: dict[str, Any] = {"alexnet": AlexNet, **dict.fromkeys(VARIANTS, EfficientNetLite)}
 
 
 def build_featurizer(name: str, levels: list[str] | None, weights: str | None,
                      compute: torch.dtype = torch.float32) -> Featurizer:
-    """Return a frozen featurizer; raise BadInput for a name, level or weights that do not fit it.
-
-    weights: the file of a state dict, None for pretrained, or "random" (of a fixed seed).
-    """
+    """Return it frozen; weights: None (pretrained), "random", or a file. Raises BadInput."""
     if name not in FEATURIZERS and not name.startswith("timm:"):
-        raise BadInput(f"--featurizer {name}: unknown; expected {', '.join(FEATURIZERS)}, timm:NAME")
+        raise BadInput(f"--featurizer {name}: unknown; expected {', '.join(FEATURIZERS)}, or "
+                       "timm:NAME for a network of timm")
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
@@ -145,26 +132,14 @@ def build_featurizer(name: str, levels: list[str] | None, weights: str | None,
     except ModuleNotFoundError as error:
         raise BadInput(f"--featurizer {name}: {error}; pip install {error.name}") from error
     except Exception as error:  # downloads and damaged files raise every kind
-        why = textwrap.shorten(str(error).partition(". ")[0], 300)
-        raise BadInput(f"--featurizer {name}: no {weights or 'pretrained'} weights ({why}); expected "
-                       "a state dict of it; pass --weights FILE, or --weights random") from error
+        why = " ".join(str(error).partition(". ")[0].split())[:300]
+        raise BadInput(f"--featurizer {name}: no {weights or 'pretrained'} weights ({why}); "
+                       "expected a state dict; pass --weights FILE, or --weights random") from error
     levels = sorted(levels or network.default, key=lambda level: (-level_stride(level), level))
     for level in levels:
         if parse_level(level)[0] not in network.taps:
             raise BadInput(f"--levels {level}: {name} has {', '.join(network.taps)}")
     return Featurizer(name, network, levels, compute)
-
-
-def read(file: str) -> dict[str, torch.Tensor]:
-    with opened(Path(file)) as stream:
-        return torch.load(stream, map_location="cpu", weights_only=True)
-
-
-def load(network: nn.Module, state: dict, spare: str | tuple[str, ...] = ()) -> None:
-    """Load all of a network's tensors from `state`, which may hold others only under `spare`."""
-    own = network.state_dict()
-    keys = [key for key in state if key in own or not key.startswith(spare)]
-    network.load_state_dict({key: state[key] for key in keys})
 
 
 def count_flops(featurizer: Featurizer, size: tuple[int, int]) -> int:
@@ -186,7 +161,7 @@ def choose_compute(name: str, device: torch.device) -> torch.dtype:
 @torch.inference_mode()
 def run_featurizer(featurizer: Featurizer, images: list[np.ndarray], size: tuple[int, int],
                    device: torch.device) -> list[torch.Tensor]:
-    """Return the levels of frames uint8 [H, W, 3] at `size` = (H, W), in halves if they are many."""
+    """Return the levels of frames uint8 [H, W, 3] at `size`; in halves where memory is short."""
     frames = [torch.from_numpy(image).permute(2, 0, 1)[None] for image in images]
     batch = torch.cat([resize(frame, size).permute(0, 2, 3, 1) for frame in frames])
     try:
@@ -195,8 +170,7 @@ def run_featurizer(featurizer: Featurizer, images: list[np.ndarray], size: tuple
         if len(images) == 1:
             raise
     torch.accelerator.empty_cache()
-    half = len(images) // 2
-    halves = images[:half], images[half:]
+    halves = images[:len(images) // 2], images[len(images) // 2:]
     parts = [run_featurizer(featurizer, part, size, device) for part in halves]
     return [torch.cat(level) for level in zip(*parts)]
 
@@ -205,5 +179,5 @@ def resize(frames: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
     """Resize frames [B, 3, H, W], uint8 or float, to `size` = (H, W), bilinear with antialias."""
     if frames.shape[2:] == size:
         return frames
-    resized = interpolate(frames.float(), size, mode="bilinear", antialias=True)
+    resized = nn.functional.interpolate(frames.float(), size, mode="bilinear", antialias=True)
     return resized if frames.is_floating_point() else resized.round().to(torch.uint8)

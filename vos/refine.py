@@ -1,8 +1,6 @@
 """A decoder adapted to one clip, and its coarse logits upsampled along the frame's own edges.
 
-Source of the second: He, Sun and Tang, "Guided Image Filtering", TPAMI 2013, with a colour guide; its
-coefficients are found at a quarter of the frame's size (He and Sun, "Fast Guided Filter", arXiv
-1505.00996).
+Source: He et al., "Guided Image Filtering", TPAMI 2013; "Fast Guided Filter", arXiv 1505.00996.
 """
 import copy
 
@@ -17,13 +15,9 @@ LIMIT = 4.0  # logits beyond this are sure enough
 
 
 def adapt(decoder: nn.Module, features, index: torch.Tensor) -> nn.Module:
-    """Return a copy of the decoder trained a little on its own confident predictions for one clip.
-
-    features: data.Features; index: int64 [n], the clip's rows. Cells predicted above 0.8 or below 0.2 are
-    the targets, of `decoder.adapt_steps` steps of 8 frames. Hiding cues and features is off, dropping components on.
-    """
+    """Return a copy trained a little on its own confident predictions for a clip, rows `index`."""
     tuned = copy.deepcopy(decoder).train()
-    vars(tuned).update(hide=0.0, lose=0.0)
+    vars(tuned).update(hide=0.0, lose=0.0)  # hides no cues or features; still drops components
     optimizer = torch.optim.AdamW(tuned.parameters(), 5e-4, weight_decay=0.01, fused=True)
     with torch.no_grad():
         logits = [decoder(features.batch(part)).float() for part in index.split(16)]
@@ -44,26 +38,22 @@ def adapt(decoder: nn.Module, features, index: torch.Tensor) -> nn.Module:
 
 
 def guided_probabilities(logits: torch.Tensor, frame: torch.Tensor) -> torch.Tensor:
-    """Return the probability of each pixel of one frame, float32 [H, W] in 0..1.
+    """Return the probability of each pixel of a frame uint8 [3, H, W], RGB: float32 [H, W] in 0..1.
 
-    logits: float32 [gh, gw]; frame: uint8 [3, H, W], RGB. Within every window the logits are fitted as a
-    linear function of the frame's colours; that function is then read off the frame at its full size.
+    logits: float32 [gh, gw], in every window taken as a linear function of the frame's colours.
     """
     image = frame[None].float() / 255  # [1, 3, H, W]
     size = image.shape[2:]
     small = F.interpolate(image, [max(1, side // SHRINK) for side in size], mode="area")
-    target = F.interpolate(logits[None, None], small.shape[2:], mode="bilinear").clamp(-LIMIT, LIMIT)
-    slope, offset = fit_window(small, target)
+    target = F.interpolate(logits[None, None], small.shape[2:], mode="bilinear")
+    slope, offset = fit_window(small, target.clamp(-LIMIT, LIMIT))
     slope = F.interpolate(box(slope), size, mode="bilinear")
     offset = F.interpolate(box(offset), size, mode="bilinear")
     return torch.sigmoid((slope * image).sum(1) + offset[:, 0])[0]
 
 
 def fit_window(image: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fit target = slope . image + offset around every pixel, by least squares with a penalty on slope.
-
-    image: [1, 3, h, w] in 0..1; target: [1, 1, h, w]. Returns slope [1, 3, h, w], offset [1, 1, h, w].
-    """
+    """Fit target = slope . image + offset round every pixel, with a penalty on the slope."""
     mean, target_mean = box(image), box(target)
     pairs = image[:, :, None] * image[:, None]  # [1, 3, 3, h, w]
     covariance = box(pairs.flatten(1, 2)).view_as(pairs) - mean[:, :, None] * mean[:, None]

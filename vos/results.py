@@ -10,7 +10,6 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from vos import clips, images, metrics, pictures, report, video
 from vos.cli import progress
@@ -20,13 +19,23 @@ from vos.sources import Source, clip_ranges
 
 def write_outputs(out: Path, predictions: Iterable[np.ndarray], source: Source, threads: int,
                   write: bool) -> list[dict]:
-    """Score every prediction, uint8 [H, W], and write it to outputs/ if asked; return a row a frame."""
+    """Score every prediction, uint8 [H, W], and write it to outputs/ if asked.
+
+    Returns a row a frame: index, clip, frame, and iou, J and F, None where there is nothing to say.
+    """
     def finish(item: tuple[int, np.ndarray]) -> dict:
         index, pixels = item
-        pixels = fit_to_frame(pixels, source.sizes[index])
+        frame, mask = source.frames[index], source.mask(index)
+        row = {"index": index, "clip": frame.clip, "frame": frame.name}
+        pixels = clips.resize(pixels, source.sizes[index])
         if write:
             pictures.write_grey(out / f"outputs/{index:05d}.png", pixels)
-        return score_frame(pixels, index, source)
+        if mask is None:
+            return row | {"iou": None, "J": None, "F": None}
+        packed = np.packbits(metrics.foreground(pixels), axis=1)
+        iou, J, F = metrics.score_frames(packed[None], mask[None], pixels.shape[1])
+        iou = None if math.isnan(iou[0]) else float(iou[0])
+        return row | {"iou": iou, "J": float(J[0]), "F": float(F[0])}
 
     if write:
         (out / "outputs").mkdir()
@@ -36,40 +45,14 @@ def write_outputs(out: Path, predictions: Iterable[np.ndarray], source: Source, 
     return list(clips.in_threads(finish, numbered, threads, ahead=64))
 
 
-def score_frame(pixels: np.ndarray, index: int, source: Source) -> dict:
-    """Return a frame's row: index, clip, frame, and iou, J and F, None where there is nothing to say.
-
-    pixels: the prediction at the frame's own size, uint8 [H, W], floor(255 * probability).
-    """
-    frame = source.frames[index]
-    row = {"index": index, "clip": frame.clip, "frame": frame.name, "iou": None, "J": None, "F": None}
-    mask = source.mask(index)
-    if mask is not None:
-        packed = np.packbits(metrics.foreground(pixels), axis=1)
-        iou, J, F = metrics.score_frames(packed[None], mask[None], pixels.shape[1])
-        row["iou"] = None if math.isnan(iou[0]) else float(iou[0])
-        row["J"], row["F"] = float(J[0]), float(F[0])
-    return row
-
-
-def fit_to_frame(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize a prediction uint8 [H, W] to its frame's own size, where it differs (bilinear)."""
-    if pixels.shape == size:
-        return pixels
-    resized = torch.nn.functional.interpolate(torch.from_numpy(pixels)[None, None].float(), size,
-                                              mode="bilinear")
-    return resized[0, 0].to(torch.uint8).numpy()
-
-
 def write_scores(out: Path, rows: list[dict], protocol: str) -> dict | None:
     """Write frames.csv, and scores.json when there are scores; return these."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(rows[0])
     for row in rows:  # what a spreadsheet would run as a formula is quoted
-        cells = ["" if cell is None else cell for cell in row.values()]
-        writer.writerow(["'" + cell if str(cell)[:1] in "=+-@\t" and isinstance(cell, str) and cell
-                         else cell for cell in cells])
+        writer.writerow(["'" + cell if isinstance(cell, str) and cell[:1] in "=+-@" else cell
+                         for cell in row.values()])
     write_text(out / "frames.csv", text.getvalue())
 
     scored = [row for row in rows if row["J"] is not None]

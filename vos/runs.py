@@ -15,7 +15,7 @@ from vos.distributed import Group
 from vos.folder import FeatureFolder
 from vos.images import image_size, read_image, write_image
 from vos.inputs import BadInput, inside, opened, read_json
-from vos.outputs import Stopped, cannot_write, locked, new_folder, whole_file, write_json, write_text
+from vos.outputs import cannot_write, locked, new_folder, whole_file, write_json, write_text
 from vos.pictures import overlay
 
 # --- the folder and its command ------------------------------------------------------------------
@@ -93,11 +93,11 @@ def as_flag(name: str, value) -> list[str]:
 
 def check_same_features(run: Path, folders: list[FeatureFolder]) -> None:
     """Raise BadInput when a resumed run had other features than `folders`, by their digests."""
-    before = read_json(run / "args.json").get("features")
+    before = read_json(run / "args.json").get("features") or {}
     for folder in folders:
-        if not isinstance(before, dict) or folder.meta["sha256"] not in before.values():
-            raise BadInput(f"{folder.path}: holds other features than {run} was trained on, by their "
-                           "SHA-256; make them again as they were, or start another run")
+        if folder.meta["sha256"] not in before.values():
+            raise BadInput(f"{folder.path}: holds other features than {run} was trained on; make them "
+                           "again as they were, or start another run")
 
 
 # --- log and state -------------------------------------------------------------------------------
@@ -155,26 +155,18 @@ def save_state(out: Path, parts: dict, state: dict) -> None:
     save_checkpoint(out / "last.pt", {**saved, "run": state})
 
 
-class StopSignal:
-    """A context in which Ctrl-C, SIGTERM and SIGHUP are noted, so that the loop can save and stop."""
-
-    number: int | None = None
-
-    def __enter__(self):
-        def note(number, frame):
-            self.number = number
-        names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-        self.before = {name: signal.signal(getattr(signal, name), note) for name in names}
-        return self
-
-    def __exit__(self, *error):
-        for name, handler in self.before.items():
-            signal.signal(getattr(signal, name), handler)
-
-    def stopped(self, out: Path | None, step: int) -> Stopped:
-        """Return the exception that ends the work."""
-        way = f"; go on with: python train.py --resume {out}" if out else ""
-        return Stopped(self.number, f"stopped after step {step}{way}")
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Yield a list to which Ctrl-C, SIGTERM and SIGHUP are added, so that a loop can save and stop."""
+    noted: list[int] = []
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [getattr(signal, name) for name in names]
+    before = [signal.signal(number, lambda number, frame: noted.append(number)) for number in numbers]
+    try:
+        yield noted
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
 
 
 # --- pictures ------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
 """Videos: read frame by frame, whole or not at all; written as a GIF or an MP4.
 
-GIF and APNG go through Pillow. All else needs imageio-ffmpeg, which is optional; its program is run
-here, since the package's own reader and writer do not look at its exit status.
+GIF and APNG go through Pillow, all else through the program of imageio-ffmpeg, which is optional;
+it is run here, since the package's own reader and writer do not look at its exit status.
 """
 import io
+import os
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -12,13 +13,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageSequence
 
-from vos.images import PIXELS_LIMIT, has_end, image_file
+from vos.images import PIXELS_LIMIT, image_file
 from vos.inputs import BadInput, opened
 from vos.outputs import CannotWrite
 
 VIDEOS = {".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".gif", ".apng"}
 SIDE = 480  # pixels of the longest side of a video that is written
-OVERLAY = [0, 114, 178, 230, 159, 0]  # the overlay's two colours, which a GIF keeps as they are
 
 
 def read_video(path: Path) -> Iterator[np.ndarray]:
@@ -29,8 +29,9 @@ def read_video(path: Path) -> Iterator[np.ndarray]:
     if path.suffix.lower() not in (".gif", ".apng"):
         yield from read_with_ffmpeg(path)
         return
-    with image_file(path) as animation:
-        if not has_end(animation):
+    with image_file(path) as animation, opened(path) as file:
+        file.seek(-8, os.SEEK_END)
+        if not file.read().endswith((b";", b"IEND\xaeB`\x82")):  # GIF's and PNG's last bytes
             raise BadInput(f"{path}: is cut short; expected a whole video")
         for image in ImageSequence.Iterator(animation):
             yield np.array(image.convert("RGB"))
@@ -39,22 +40,20 @@ def read_video(path: Path) -> Iterator[np.ndarray]:
 def read_with_ffmpeg(path: Path) -> Iterator[np.ndarray]:
     """As `read_video`. ffmpeg opens only `path`: lists of files are refused."""
     with opened(path):  # raises for a pipe, which ffmpeg would wait for
-        program = find_ffmpeg(f"{path}: reading a {path.suffix} video", "a folder of frames")
+        program = find_ffmpeg()
     source = ["-protocol_whitelist", "file", "-format_whitelist", "mov,matroska,avi",
               "-max_pixels", str(PIXELS_LIMIT), "-i", f"file:{path}", "-map", "0:V:0"]
     frames = ["-fps_mode", "passthrough", "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24"]
     command = [program, "-nostdin", "-v", "error", "-xerror", *source, *frames, "pipe:1"]
     with tempfile.TemporaryFile() as log, subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log) as process:
-        assert process.stdout is not None
         try:
-            while process.stdout.readline() == b"P6\n":  # a PPM a frame
+            while process.stdout.readline() == b"P6\n":  # a PPM a frame: kind, size, 255, pixels
                 width, height = map(int, process.stdout.readline().split())
                 process.stdout.readline()
                 pixels = process.stdout.read(height * width * 3)
-                if len(pixels) < height * width * 3:
-                    break
-                yield np.frombuffer(pixels, np.uint8).reshape(height, width, 3).copy()
+                if len(pixels) == height * width * 3:
+                    yield np.frombuffer(pixels, np.uint8).reshape(height, width, 3).copy()
             status = process.wait()
         finally:
             process.kill()
@@ -70,14 +69,14 @@ def one_line(said: bytes) -> str:
     return " ".join(said.decode("utf-8", "replace").split())[-300:]
 
 
-def find_ffmpeg(purpose: str = "--video mp4", instead: str = "--video gif") -> str:
-    """Return the path of ffmpeg. Raises BadInput, saying what it is for, where there is none."""
+def find_ffmpeg() -> str:
+    """Return the path of ffmpeg. Raises BadInput where there is none."""
     try:
         import imageio_ffmpeg
         return imageio_ffmpeg.get_ffmpeg_exe()
     except (ImportError, RuntimeError) as error:
-        raise BadInput(f"{purpose} needs ffmpeg; run `pip install imageio-ffmpeg`, or pass "
-                       f"{instead}") from error
+        raise BadInput("expected ffmpeg, for videos other than GIFs; run `pip install "
+                       "imageio-ffmpeg`, or pass a folder of frames, or --video gif") from error
 
 
 def check_video(kind: str) -> None:
@@ -91,11 +90,13 @@ def write_video(path: Path, images: Iterable[np.ndarray], fps: float, kind: str)
 
     All take the size of the first. Raises CannotWrite when ffmpeg fails, else OSError.
     """
-    pictures = same_sized(images)
-    if kind == "gif":
-        write_gif(path, list(pictures), fps)
-    else:
-        write_mp4(path, pictures, fps)
+    if kind == "mp4":
+        write_mp4(path, same_sized(images), fps)
+        return
+    first, *rest = same_sized(images)
+    memory = io.BytesIO()  # Pillow, given a file, does not notice a disk that takes only a part
+    first.save(memory, "GIF", save_all=True, append_images=rest, duration=1000 / fps, loop=0)
+    path.write_bytes(memory.getvalue())
 
 
 def same_sized(images: Iterable[np.ndarray]) -> Iterator[Image.Image]:
@@ -109,19 +110,7 @@ def same_sized(images: Iterable[np.ndarray]) -> Iterator[Image.Image]:
         yield picture.resize(size, Image.Resampling.BILINEAR)
 
 
-def write_gif(path: Path, pictures: list[Image.Image], fps: float) -> None:
-    """Write a GIF of one palette, chosen from at most 16 of the pictures."""
-    some = [np.asarray(picture) for picture in pictures[::len(pictures) // 16 + 1]]
-    palette = Image.fromarray(np.concatenate(some)).quantize(254)
-    palette.putpalette(OVERLAY + (palette.getpalette() or []))
-    first, *rest = [picture.quantize(palette=palette, dither=Image.Dither.NONE)
-                    for picture in pictures]
-    memory = io.BytesIO()  # Pillow, given a file, does not notice a disk that takes only a part
-    first.save(memory, "GIF", save_all=True, append_images=rest, duration=1000 / fps, loop=0)
-    path.write_bytes(memory.getvalue())
-
-
-def write_mp4(path: Path, pictures: Iterator[Image.Image], fps: float) -> None:
+def write_mp4(path: Path, pictures: Iterable[Image.Image], fps: float) -> None:
     """Write an MP4 by way of a temporary file of raw pixels; an odd side gets a black line more."""
     with tempfile.TemporaryFile() as raw:
         for picture in pictures:

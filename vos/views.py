@@ -8,25 +8,19 @@ import numpy as np
 def parse_views(text: str) -> list[str]:
     """Parse "mirror,zoom1.5" (argparse type): mirror, or zoom and a factor of 0.25 to 4, not 1."""
     views = text.split(",")
-    if not all(map(is_view, views)) or len(set(views)) < len(views):
+    zooms = [re.fullmatch(r"zoom(\d(?:\.\d{1,6})?)", view) for view in views if view != "mirror"]
+    fit = all(zoom and 0.25 <= float(zoom[1]) <= 4 and float(zoom[1]) != 1 for zoom in zooms)
+    if not fit or len(set(views)) < len(views):
         raise argparse.ArgumentTypeError("expected mirror, or zoom and a factor from 0.25 to 4, "
                                          f"such as zoom1.5, each once, found {text!r}")
     return views
 
 
-def is_view(view) -> bool:
-    """Say whether `view` names a view."""
-    if view == "mirror":
-        return True
-    factor = re.fullmatch(r"zoom(\d{1,3}(?:\.\d{1,6})?)", view) if isinstance(view, str) else None
-    return factor is not None and 0.25 <= float(factor[1]) <= 4 and float(factor[1]) != 1
-
-
 def show(pixels: np.ndarray, view: str) -> np.ndarray:
     """Return a view of a frame or mask [H, W, ...]; itself when `view` is "".
 
-    zoom2 is the middle half of each side, to be resized like any small frame; zoom0.5 is
-    [2 H, 2 W, ...], the frame amid its own reflections, as a frame has no more to show.
+    zoom2 is the middle half of each side; zoom0.5 is [2 H, 2 W, ...], the frame amid its own
+    reflections, as a frame has no more to show.
     """
     if not view:
         return pixels
