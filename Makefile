@@ -6,7 +6,7 @@ PYTEST := $(RUN) -m pytest --numprocesses logical --maxprocesses 8 --dist workst
 .PHONY: demo test coverage lint clean
 
 demo: .venv/installed
-	$(RUN) sample.py --out demo/data --overwrite
+	$(RUN) -m vos.sample --out demo/data --overwrite
 	$(RUN) featurize.py --data demo/data --split train --out demo/features/train --overwrite
 	$(RUN) featurize.py --data demo/data --split val --out demo/features/val --overwrite
 	$(RUN) train.py --features demo/features/train --val-features demo/features/val --decoder linear --out demo/run --overwrite
@@ -25,7 +25,7 @@ coverage: .venv/installed-dev
 
 lint: .venv/installed-dev
 	.venv/bin/ruff check .
-	.venv/bin/mypy *.py
+	.venv/bin/mypy *.py vos benchmarks
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

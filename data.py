@@ -1,10 +1,10 @@
 """Features whole on the device, what is learned from them, and the order in which frames are drawn.
 
     folder = data.open_features("features/alexnet-train")   # checks its files, see vos/folder.py
-    training = data.load_features(folder, device="cpu")     # features and masks, ready to train from
+    training = data.load_features(folder, device="cpu")  # features and masks to train from
 
-N rows of a feature folder (frames, and views of frames), C channels, h w feature grid, gh gw a decoder's
-grid, H W mask size.
+N rows of a feature folder (frames, and views of frames), C channels, h w feature grid, gh gw a
+decoder's grid, H W mask size.
 """
 import dataclasses
 import hashlib
@@ -25,7 +25,8 @@ CHUNK = 32 << 20  # bytes read from disk at a time
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """Levels of features, with masks if there are any: what one trains on, validates on, predicts."""
+    """Levels of features, with masks if there are any: what one trains on, validates on,
+    predicts."""
 
     names: list[str]  # of the levels
     levels: list[torch.Tensor]  # [N, C, h, w] each, then their cues; on the device or memory-mapped
@@ -47,7 +48,8 @@ class Features:
         return self.select(np.arange(len(self.levels[0])) < self.folder.frames)
 
     def hold_out(self, clips: list[str]) -> tuple["Features", "Features"]:
-        """Part by whole clips: return rows to train on, and the frames of `clips` to validate on."""
+        """Part by whole clips: return rows to train on, and the frames of `clips` to validate
+        on."""
         held = np.isin(self.folder.clips, clips)
         return self.select(~held), self.select(held).without_views()
 
@@ -65,9 +67,9 @@ def load_features(folder: FeatureFolder, levels: list[str] | None = None, cues: 
                   labelled: bool = True) -> Features:
     """Load levels (None: all), then their cues if wanted, and the masks, if there are any.
 
-    resident: "device", or "disk" to map the files and read rows as they are asked for; None for the first
-    if it fits. labelled: let only rows with a mask count. Every array is checked against its SHA-256.
-    Raises BadInput for damage, and where masks are wanted and there are none.
+    resident: "device", or "disk" to map the files and read rows as they are asked for; None for the
+    first if it fits. labelled: let only rows with a mask count. Every array is checked against its
+    SHA-256. Raises BadInput for damage, and where masks are wanted and there are none.
     """
     device = torch.device(device)
     levels = levels or list(folder.shapes)
@@ -94,8 +96,8 @@ def choose_resident(files: list[Path], device: torch.device) -> str:
     needed, free = sum(file.stat().st_size for file in files), free_memory(device)
     if needed <= SPARE * free:
         return "device"
-    print(f"{needed / 1e9:.1f} GB of features do not fit {SPARE:.0%} of the {free / 1e9:.1f} GB free: "
-          "they are read from disk as needed")
+    print(f"{needed / 1e9:.1f} GB of features, {free / 1e9:.1f} GB free: they stay on disk and "
+          "are read as needed")
     return "disk"
 
 
@@ -113,10 +115,11 @@ def free_memory(device: torch.device) -> float:
 
 
 def load_array(file: Path, digest: str, device: torch.device, resident: str) -> torch.Tensor:
-    """Read an .npy array once, checking digest and values; return it on the device or memory-mapped.
+    """Read an .npy array once, checking digest and values; return it on the device or
+    memory-mapped.
 
-    It reaches the device in pieces, so that host memory never holds it twice. Raises BadInput when the
-    SHA-256 differs or a value is not finite.
+    It reaches the device in pieces, so that host memory never holds it twice. Raises BadInput when
+    the SHA-256 differs or a value is not finite.
     """
     mapped = np.load(file, mmap_mode="r")
     with warnings.catch_warnings(action="ignore"):  # torch warns that it may not be written to
@@ -135,7 +138,7 @@ def load_array(file: Path, digest: str, device: torch.device, resident: str) -> 
             if resident != "disk":
                 piece.copy_(read)
     if sha.hexdigest() != digest:
-        raise BadInput(f"{file}: its SHA-256 is not meta.json's: it was changed or damaged; {AGAIN}")
+        raise BadInput(f"{file}: its SHA-256 is not meta.json's: it was changed; {AGAIN}")
     return result
 
 
@@ -145,11 +148,11 @@ def load_array(file: Path, digest: str, device: torch.device, resident: str) -> 
 def pool_masks(features: Features, cells: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Return the share of foreground in every cell of a grid, float32 [N, gh, gw] on the device.
 
-    cells: the grid row of each pixel row, int64 [H], never falling, and the grid column of each pixel
-    column, int64 [W]. Counts are exact. Rows of `features` that do not count stay 0.
+    cells: the grid row of each pixel row, int64 [H], never falling, and the grid column of each
+    pixel column, int64 [W]. Counts are exact. Rows of `features` that do not count stay 0.
     """
     rows, columns = cells
-    starts = torch.searchsorted(rows, torch.arange(int(rows[-1]) + 2))  # first pixel row of each, and H
+    starts = torch.searchsorted(rows, torch.arange(int(rows[-1]) + 2))  # of each grid row, and H
     bounds = list(zip(starts[:-1].tolist(), starts[1:].tolist()))
     column_sums = torch.nn.functional.one_hot(columns).float()  # [W, gw]
     area = starts.diff()[:, None] * column_sums.sum(0)  # [gh, gw], pixels a cell
@@ -169,7 +172,8 @@ def pool_masks(features: Features, cells: tuple[torch.Tensor, torch.Tensor]) -> 
 def unpack(packed: torch.Tensor, width: int) -> torch.Tensor:
     """Unpack masks, uint8 [..., ceil(W / 8)] -> bool [..., W]."""
     if packed.device.type == "cpu":
-        return torch.from_numpy(np.unpackbits(packed.numpy(), axis=-1, count=width)).view(torch.bool)
+        bits = np.unpackbits(packed.numpy(), axis=-1, count=width)
+        return torch.from_numpy(bits).view(torch.bool)
     shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
     return (packed[..., None] >> shifts & 1).flatten(-2)[..., :width].bool()
 
@@ -180,10 +184,10 @@ def unpack(packed: torch.Tensor, width: int) -> torch.Tensor:
 def batch_order(clips: np.ndarray, batch: int, order: str, seed: int, step: int) -> np.ndarray:
     """Return the frames of one training step: positions in `clips`, int64 [B].
 
-    clips: the clip of each frame, [n]. order: "given" or "shuffled" for epochs over all frames, in order
-    or drawn for each epoch (the last batch of one may be shorter); "balanced" for clips in turn and
-    a frame of each drawn, so that a long clip counts no more than a short one. A function of its
-    arguments alone, so that a resumed run sees the same batches.
+    clips: the clip of each frame, [n]. order: "given" or "shuffled" for epochs over all frames, in
+    order or drawn for each epoch (the last batch of one may be shorter); "balanced" for clips in
+    turn and a frame of each drawn, so that a long clip counts no more than a short one. A function
+    of its arguments alone, so that a resumed run sees the same batches.
     """
     if order == "balanced":
         draw = np.random.default_rng((seed, step))

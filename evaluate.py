@@ -1,16 +1,13 @@
 """Run a trained decoder on features, write its masks, and score them where annotations exist.
 
     python evaluate.py --model runs/simple --features features/alexnet-val
-    python evaluate.py --model runs/temporal --data holiday.mp4       # your own clip, featurized on the fly
+    python evaluate.py --model runs/temporal --data holiday.mp4       # your own clip, on the fly
     python evaluate.py --predictions MASKS --data DAVIS --split val   # score masks from anywhere
 
-writes results/<name>/: outputs/*.png (255 * probability), paths.json, metadata.json, frames.csv, with
-annotations scores.json, and report.html with overlay videos of the clips in overlays/.
-
-N frames, C channels, h w feature grid, H W frame.
+writes results/<name>/: outputs/*.png (255 * probability), paths.json, metadata.json, frames.csv,
+with annotations scores.json, and report.html with overlay videos of the clips in overlays/.
 """
 import argparse
-import itertools
 import math
 import os
 import shlex
@@ -24,15 +21,13 @@ import torch
 
 import data
 import models
-from vos import cli, clips, cues, distributed, featurizers, images, results, sources, video
+from vos import cli, clips, distributed, featurizers, results, sources, video
 from vos.inputs import BadInput
 from vos.layers import count_flops, count_parameters
+from vos.masks import decide_meaning, read_mask
 from vos.metrics import PROTOCOLS
 from vos.outputs import check_output, new_folder, write_json
 from vos.refine import adapt
-from vos.sources import Source, clip_ranges
-
-BATCH = 16  # frames at a time
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,98 +35,76 @@ def parse_args() -> argparse.Namespace:
     group = parser.add_argument_group("data")
     group.add_argument("--model", help="run folder or model.pt written by train.py, or wandb:...")
     group.add_argument("--features", help="feature folder written by featurize.py, or wandb:...")
-    group.add_argument("--data", help="frames, a video or wandb:... to featurize on the fly; beside "
-                       "--features, where their frames are now")
+    group.add_argument("--data", help="frames, a video or wandb:... to featurize on the fly; "
+                       "beside --features, where their frames are now")
     group.add_argument("--split", help="the split of a DAVIS root in --data")
-    group.add_argument("--masks", type=Path, help="masks of --data by clip and frame name, to score")
+    group.add_argument("--masks", type=Path, help="masks of --data by clip and frame name")
     group.add_argument("--predictions", help="score this folder of mask PNGs instead: "
                        "<clip>/<frame>.png, or one a frame in order; or wandb:...")
-    group.add_argument("--weights", help="the featurizer's weights, for --data (default: pretrained)")
+    group.add_argument("--weights", help="the featurizer's, for --data (default: pretrained)")
     group.add_argument("--resident", choices=["device", "disk"],
                        help="where features are kept (default: on the device, if they fit)")
     group.add_argument("--adapt", type=cli.count(10**6, least=0), metavar="STEPS",
-                       help="train on each clip's own confident predictions first (default: as the "
-                       "decoder asks)")
-    group.add_argument("--views", type=cli.count(2), help="2: average a frame and its mirror image, "
-                       "for fpn and temporal (default: 2)")
-    group.add_argument("--refine", choices=["guided", "none"], help="upsample masks along the frames' "
-                       "edges, which needs the frames (default: as the decoder asks)")
+                       help="to train on a clip's own sure predictions (default: the decoder's)")
+    group.add_argument("--views", type=cli.count(2),
+                       help="2: average a frame and its mirror image (default: the decoder's)")
+    group.add_argument("--refine", choices=["guided", "none"],
+                       help="upsample masks along the frames' edges (default: the decoder's)")
     group = parser.add_argument_group("results")
     group.add_argument("--out", type=Path, help="folder to write (default: results/<run>)")
-    group.add_argument("--protocol", choices=PROTOCOLS, default="all", help="frames that J "
-                       "and F are over: all, or davis2016 without each clip's first and last")
-    group.add_argument("--no-pictures", action="store_true", help="write no report and no overlays")
-    group.add_argument("--video", choices=["gif", "mp4", "none"], default="gif",
-                       help="kind of the overlay videos (default: gif)")
+    group.add_argument("--protocol", choices=PROTOCOLS, default="all", help="frames that J and F "
+                       "are over: all, or davis2016 without each clip's first and last")
+    group.add_argument("--no-pictures", action="store_true", help="no report and no overlays")
+    group.add_argument("--video", choices=["gif", "mp4", "none"], default="gif", help="of overlays")
     cli.add_run_flags(parser)
     args = parser.parse_args()
-    if args.predictions and (args.model or args.features or not args.data):
-        raise BadInput("--predictions: goes with --data, and without --model and --features")
-    if not args.predictions and not (args.model and (args.features or args.data)):
+
+    if not (args.predictions and args.data) and not (args.model and (args.features or args.data)):
         raise BadInput("--model: expected with --features or --data; or --predictions with --data")
-    if args.features and (args.split or args.masks or args.weights):
-        raise BadInput("--split, --masks, --weights: are for --data alone, not with --features")
+    useless = {
+        "predictions": ["model", "features", "weights", "resident", "adapt", "views", "refine"],
+        "features": ["split", "masks", "weights"], "data": ["resident"]}
+    source = next(name for name in useless if getattr(args, name))
+    for flag in useless[source]:
+        if getattr(args, flag) is not None:
+            raise BadInput(f"--{flag}: has no effect beside --{source}; leave it out")
     return args
 
 
-# --- from frames to masks -----------------------------------------------------------------------
-
-
-def featurize(source: Source, model_path: Path, model: dict, args: argparse.Namespace,
+def featurize(source: sources.Source, model_path: Path, model: dict, weights: str | None,
               device: torch.device, threads: int) -> tuple[models.Decoder, data.Features]:
-    """Featurize frames as the model's training frames were; return its decoder and the features.
-
-    Frames keep their shape and get about as many pixels as the training frames had.
-    """
+    """Return the decoder and features for frames made about as large as its training frames."""
     height, width = source.sizes[0]
     scale = math.sqrt(math.prod(model["size"]) / (height * width))
-    size = tuple(model["size"]) if abs(scale - 1) < 1e-3 else (round(height * scale),
-                                                               round(width * scale))
-    featurizer = featurizers.build_featurizer(model["featurizer"], model["featurizer_levels"],
-                                              args.weights, featurizers.choose_compute("auto", device))
+    size = round(height * scale), round(width * scale)
+    featurizer = featurizers.build_featurizer(model["featurizer"], list(model["shapes"]), weights,
+                                              featurizers.choose_compute("auto", device))
     if featurizer.digest != model["weights"]:
-        raise BadInput(f"{args.model}: was trained on features of other {model['featurizer']} weights; "
-                       "pass the same --weights as to featurize.py")
-    shapes = {level: tuple(shape) for level, shape in featurizer.shapes(size).items()
-              if level in model["shapes"]}
-    decoder = models.load_model(model_path, size, shapes)[0].to(device)
+        raise BadInput(f"{model_path}: was trained on features of other {model['featurizer']} "
+                       "weights; pass the same --weights as to featurize.py")
+    shapes = {level: tuple(shape) for level, shape in featurizer.shapes(size).items()}
+    decoder = models.load_model(model_path, size, shapes)[0]
+    cli.say(f"featurizing {len(source.frames)} frames at {size[1]} x {size[0]}")
 
-    total = len(source.frames) * sum(map(math.prod, shapes.values())) * 2
-    cli.say(f"featurizing {len(source.frames)} frames at {size[1]} x {size[0]}: {total / 1e6:,.0f} MB")
-    shown = clips.read_images(source.frames, threads)
-    featurizer.to(device)
-    parts = []
-    for _ in cli.progress(range(0, len(source.frames), BATCH), "featurize"):
-        batch = list(itertools.islice(shown, BATCH))
-        maps = featurizers.run_featurizer(featurizer, batch, size, device)
-        named = dict(zip(featurizer.levels, maps))
-        parts.append([named[level].half() for level in shapes])
-    levels = [torch.cat(level) for level in zip(*parts)]
-    if decoder.cues:
-        runs = clip_ranges(source.frames)
-        levels += [torch.cat([cues.clip_cues(level[first:stop]).half() for first, stop in runs])
-                   for level in levels]
+    ranges = sources.clip_ranges(source.frames)
+    parts = sources.featurize_clips(featurizer.to(device), source.frames, ranges, size,
+                                    "float16", decoder.cues > 0, device, threads)
+    levels = [torch.cat(level).to(device) for level in zip(*parts)]
     return decoder, data.Features(list(shapes), levels, device, torch.arange(len(source.frames)))
 
 
 def predict_clips(decoder: models.Decoder, features: data.Features, frames: list[clips.Frame],
                   shown: Iterator[np.ndarray] | None) -> Iterator[np.ndarray]:
-    """Yield the mask of every frame, uint8 [H, W]; the decoder is adapted to each clip if it asks."""
-    for first, stop in clip_ranges(frames):
+    """Yield each frame's mask, uint8 [H, W]; the decoder is adapted to each clip if it asks."""
+    for first, stop in sources.clip_ranges(frames):
         index = torch.arange(first, stop)
         tuned = adapt(decoder, features, index) if decoder.adapt_steps else decoder
-        for pixels in models.predict(tuned, features, index, BATCH, shown):
+        for pixels in models.predict(tuned, features, index, 16, shown):
             yield pixels.cpu().numpy()
 
 
-# --- the command -------------------------------------------------------------------------------
-
-
 def choose_masks(args: argparse.Namespace, decoder: models.Decoder) -> bool:
-    """Apply --views and --adapt to a decoder; return whether masks follow the frames' edges.
-
-    Raises BadInput for a flag that the decoder has no use for.
-    """
+    """Apply --views and --adapt to a decoder; return whether masks follow the frames' edges."""
     name = type(decoder).__name__
     if args.views and args.views > decoder.views:
         raise BadInput(f"--views {args.views}: {name} looks at frames one way only; leave it out")
@@ -144,47 +117,32 @@ def choose_masks(args: argparse.Namespace, decoder: models.Decoder) -> bool:
     return decoder.guided if args.refine is None else args.refine == "guided"
 
 
-def open_model(args: argparse.Namespace, model_path: Path, folder_path: Path | None,
-               root: Path | None, device: torch.device, threads: int):
+def open_model(args: argparse.Namespace, path: Path, folder_path: Path | None, root: Path | None,
+               device: torch.device, threads: int):
     """Return what --model predicts: the source, its masks one by one, and metadata.json."""
-    decoder, model = models.load_model(model_path)
+    decoder, model = models.load_model(path)
+    guided = choose_masks(args, decoder)
     if folder_path:
         folder = data.open_features(folder_path)
         folder.check_fit(model, args.model, decoder.cues > 0)
-        guided = choose_masks(args, decoder)
         features = data.load_features(folder, list(model["shapes"]), decoder.cues > 0, device,
                                       args.resident, labelled=False)
-        source = sources.open_folder(folder, root, guided or not args.no_pictures, features.masks,
-                                     threads)
-        decoder = decoder.to(device)
+        pictures = guided or not args.no_pictures
+        source = sources.open_folder(folder, root, pictures, features.masks, threads)
     else:
         source = sources.open_frames(root, args.split, args.masks, threads)
-        decoder, features = featurize(source, model_path, model, args, device, threads)
-        guided = choose_masks(args, decoder)
+        decoder, features = featurize(source, path, model, args.weights, device, threads)
+        choose_masks(args, decoder)
 
-    shown = clips.read_images(source.frames, threads) if guided else None
-    own = count_parameters(decoder)
-    flops = count_flops(decoder, [level.shape[1:] for level in features.levels])
+    pictures = clips.read_images(source.frames, threads) if guided else None
+    own = count_parameters(decoder.to(device))
+    flops = count_flops(decoder, features.batch(torch.tensor([0])))
     metadata = {
         "nparams": own + model["featurizer_parameters"], "decoder": model["decoder"],
-        "decoder_parameters": own, "featurizer": model["featurizer"],
-        "flops_per_frame": flops + model["featurizer_flops"], "frames": len(source.frames),
-        "annotated": source.annotated, "size": list(source.sizes[0]),
-        "sizes": None if len(set(source.sizes)) == 1 else [list(size) for size in source.sizes]}
-    return source, predict_clips(decoder, features, source.frames, shown), metadata
-
-
-def open_predictions(args: argparse.Namespace, folder: Path, root: Path, threads: int):
-    """Return what --predictions are scored on: the source, the masks one by one, their files."""
-    source = sources.open_frames(root, args.split, args.masks, threads)
-    if not source.annotated:
-        raise BadInput(f"{args.data}: has no annotations to score {args.predictions} with")
-    files = sources.find_predictions(folder, source.frames)
-    meaning = images.decide_meaning(files, threads)
-    print(f"predictions: {meaning}")
-    masks = clips.in_threads(lambda item: sources.read_prediction(*item, meaning),
-                             zip(files, source.sizes), threads, ahead=64)
-    return source, masks, files, meaning
+        "featurizer": model["featurizer"], "flops_per_frame": flops + model["featurizer_flops"],
+        "frames": len(source.frames), "annotated": source.annotated, "size": source.sizes[0],
+        "sizes": source.sizes if len(set(source.sizes)) > 1 else None}
+    return source, predict_clips(decoder, features, source.frames, pictures), metadata
 
 
 def main() -> None:
@@ -200,19 +158,24 @@ def main() -> None:
 
     # open what the flags name, and check that it fits together
     used: list[str] = []
-    flags = (args.model or args.predictions, args.features, args.data)
-    scored, folder_path, root = (cli.fetch(source, mode, used) for source in flags)
-    name = used[0].rpartition("/")[2].partition(":")[0] if flags[0].startswith("wandb:") else \
-        (scored.parent if scored.is_file() else scored).resolve().name
+    given = args.model or args.predictions
+    scored, folder, root = (cli.fetch(p, mode, used) for p in (given, args.features, args.data))
+    inside = scored.is_file() or given.startswith("wandb:")  # which has a folder of versions
+    name = (scored.parent if inside else scored).resolve().name
     out = args.out or Path("results") / name
-    inputs = [path for path in (scored, folder_path, root, args.masks) if path]
+    inputs = [path for path in (scored, folder, root, args.masks) if path]
     check_output(out, "results", args.overwrite, inputs)
     files, meaning = None, {"grey": "above 127"}  # of our own outputs
     if args.predictions:
-        source, masks, files, meaning = open_predictions(args, scored, root, threads)
-        metadata = {"predictions": args.predictions, "frames": len(source.frames)}
+        source = sources.open_frames(root, args.split, args.masks, threads)
+        if not source.annotated:
+            raise BadInput(f"{root}: has no annotations to score {scored} with; pass --masks")
+        files = sources.find_predictions(scored, source.frames, threads)
+        meaning = decide_meaning(files, threads, predictions=True)
+        masks = (read_mask(file, meaning) * np.uint8(255) for file in files)
+        metadata = {"predictions": given, "meaning": meaning, "frames": len(files)}
     else:
-        source, masks, metadata = open_model(args, scored, folder_path, root, device, threads)
+        source, masks, metadata = open_model(args, scored, folder, root, device, threads)
 
     # predict, write, score, draw
     command = f"python {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}"
@@ -226,12 +189,12 @@ def main() -> None:
         scores = results.write_scores(place, rows, args.protocol)
         files = files or [place / f"outputs/{row['index']:05d}.png" for row in rows]
         if not args.no_pictures:
-            facts = {**metadata, "command": command}
-            curve = scored / "curves.svg" if scored.is_dir() else Path()
+            facts, curve = metadata | {"command": command}, scored / "curves.svg"
             results.write_pictures(place, name, source, files, meaning, rows, scores, facts,
                                    args.video, curve)
         if log:
-            results.log(log, place, metadata, name, args.split or "val", source, files, rows, scores)
+            split = args.split or "val"
+            results.log(log, place, metadata, name, split, source, files, rows, scores)
 
     if scores:
         results.print_scores(scores)

@@ -1,9 +1,9 @@
 """Decoders: small networks that turn feature maps into masks, and the files they are kept in.
 
 To add one, write a class like `Linear` below and name it in DECODERS: train.py, evaluate.py and
-package.py then know it. A decoder predicts on a grid of its own, coarser than the frame. Its targets are
-the share of foreground in each cell of that grid, counted once, so that a step costs what the decoder
-costs and not what the frame's pixels would.
+package.py then know it. A decoder predicts on a grid of its own, coarser than the frame. Its
+targets are the share of foreground in each cell of that grid, counted once, so that a step costs
+what the decoder costs and not what the frame's pixels would.
 
 B batch, C channels, h w feature grid, gh gw the decoder's grid, H W frame.
 """
@@ -26,11 +26,11 @@ from vos.layers import Block, Standardise, fit_standardise, mirror, pooling
 
 Shapes = dict[str, tuple[int, int, int]]  # level: (C, h, w), coarse to fine
 FORMAT = 2  # of model.pt
-LIMIT = 50_000_000  # the contest's: parameters of featurizer and decoder must be fewer
 
 
 def knob(default, help: str, **flag):
-    """A field of a recipe, which is a flag of train.py too: its default, and what argparse needs."""
+    """A field of a recipe, which is a flag of train.py too: its default, and what argparse
+    needs."""
     return dataclasses.field(default=default, metadata={"help": help, **flag})
 
 
@@ -52,7 +52,8 @@ class Recipe:
 
 
 class Decoder(nn.Module):
-    """What decoders share: a grid of logits, its loss against soft targets, its masks at frame size."""
+    """What decoders share: a grid of logits, its loss against soft targets, its masks at frame
+    size."""
 
     recipe = Recipe()
     returns = "logits"  # what `forward` gives: logits or probabilities
@@ -64,8 +65,8 @@ class Decoder(nn.Module):
     def __init__(self, grid: tuple[int, int], size: tuple[int, int], cells=None):
         """grid: (gh, gw) of the output; size: (H, W) of the masks it stands for.
 
-        cells: the grid row of every pixel row, int64 [H], and the grid column of every pixel column, int64
-        [W]; by default cells of about equal size.
+        cells: the grid row of every pixel row, int64 [H], and the grid column of every pixel
+        column, int64 [W]; by default cells of about equal size.
         """
         super().__init__()
         self.grid, self.size = grid, size
@@ -81,8 +82,8 @@ class Decoder(nn.Module):
     def loss(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Binary cross-entropy of each frame, its mean over the frame's pixels.
 
-        output: what `forward` gave, [B, gh, gw]; target: share of foreground in each cell, [B, gh, gw] in
-        0..1. Returns [B].
+        output: what `forward` gave, [B, gh, gw]; target: share of foreground in each cell, [B, gh,
+        gw] in 0..1. Returns [B].
         """
         loss = F.binary_cross_entropy_with_logits(output, target, reduction="none")
         return (loss * self.area).sum((1, 2))
@@ -96,20 +97,20 @@ class Decoder(nn.Module):
 class Simple(Decoder):
     """The contest notebook's: a 3x3 convolution, sigmoid, AdaptiveAvgPool2d up to the frame's size.
 
-    Pooling up makes every pixel the mean of at most 2 x 2 cells, and neighbouring pixels often the mean of
-    the same ones. Such pixels form a cell of the output grid here: predicting, pooling targets and
-    weighing by area per cell gives the notebook's loss over all pixels exactly, from a few hundred times
-    fewer numbers, and a step 50 times as fast.
+    Pooling up makes every pixel the mean of at most 2 x 2 cells, and neighbouring pixels often the
+    mean of the same ones. Such pixels form a cell of the output grid here: predicting, pooling
+    targets and weighing by area per cell gives the notebook's loss over all pixels exactly, from a
+    few hundred times fewer numbers, and a step 50 times as fast.
     """
 
     returns = "probabilities"
     guided = False
 
     def __init__(self, shapes: Shapes, size: tuple[int, int]):
-        channels, height, width = one_level(shapes, "simple")
-        if min(height, width) < 3:
-            raise BadInput(f"decoder simple: expected features of at least 3 x 3, found {height} x "
-                           f"{width}; featurize larger frames, or a finer level")
+        (channels, height, width), *more = shapes.values()
+        if more or min(height, width) < 3:
+            raise BadInput(f"decoder simple: takes one level of at least 3 x 3, found {shapes}; "
+                           "name one with --levels, or choose another --decoder")
         mix_rows, rows = pooling(height - 2, size[0])
         mix_columns, columns = pooling(width - 2, size[1])
         super().__init__((len(mix_rows), len(mix_columns)), size, (rows, columns))
@@ -120,8 +121,8 @@ class Simple(Decoder):
     def forward(self, levels: list[torch.Tensor]) -> torch.Tensor:
         """levels: one [B, C, h, w]. Returns probabilities [B, gh, gw]."""
         batch, channels, height, width = levels[0].shape
-        # self.conv(levels[0]) in a third of the time on the CPU: a matrix product gives each position's
-        # share in the 9 outputs around it, which fold then sums
+        # self.conv(levels[0]) in a third of the time on the CPU: a matrix product gives each
+        # position's share in the 9 outputs around it, which fold then sums
         taps = self.conv.weight.flip(2, 3).reshape(channels, 9).T.expand(batch, -1, -1)  # [B, 9, C]
         shares = torch.bmm(taps, levels[0].flatten(2))  # [B, 9, h * w]
         logits = F.fold(shares, (height - 2, width - 2), 3, padding=2) + self.conv.bias
@@ -136,7 +137,7 @@ class Simple(Decoder):
     def pixels(self, output: torch.Tensor) -> torch.Tensor:
         values = (output * 255).to(torch.uint8)  # a byte a pixel to spread, not four
         rows, columns = (index.to(values.device) for index in self.cells)
-        return values.index_select(2, columns).index_select(1, rows)  # whole rows last: 10 times faster
+        return values.index_select(2, columns).index_select(1, rows)  # whole rows last is faster
 
 
 class Linear(Decoder):
@@ -165,9 +166,10 @@ class Linear(Decoder):
 class FPN(Decoder):
     """A small feature pyramid: levels reduced to principal components, summed from coarse to fine.
 
-    Components are dropped at random and frames mirrored at random in training; both ways are averaged when
-    predicting. Lin et al., "Feature Pyramid Networks for Object Detection", CVPR 2017, for the sum; Yu and
-    Koltun, "Multi-Scale Context Aggregation by Dilated Convolutions", ICLR 2016, for the blocks.
+    Components are dropped at random and frames mirrored at random in training; both ways are
+    averaged when predicting. Lin et al., "Feature Pyramid Networks for Object Detection", CVPR
+    2017, for the sum; Yu and Koltun, "Multi-Scale Context Aggregation by Dilated Convolutions",
+    ICLR 2016, for the blocks.
     """
 
     recipe = Recipe(steps=500, batch_size=10, lr=3e-3, optimizer="adamw", weight_decay=1e-2,
@@ -183,9 +185,9 @@ class FPN(Decoder):
     def __init__(self, shapes: Shapes, size: tuple[int, int]):
         super().__init__(finest(shapes), size)
         strides = [level_stride(level) for level in shapes]
-        stages = sorted(set(strides), reverse=True)  # coarse to fine; levels of one stride share one
+        stages = sorted(set(strides), reverse=True)  # coarse to fine
         at = [stages.index(stride) for stride in strides]
-        self.grids = [finest_at(shapes, stride) for stride in stages]
+        self.grids = [finest(shapes, stride) for stride in stages]
         self.at = at * 2 if self.cues else at  # the stage of each level, then of its cues
 
         self.norms = nn.ModuleList(Standardise(c, self.keep) for c, _, _ in shapes.values())
@@ -206,7 +208,8 @@ class FPN(Decoder):
         fit_standardise(self.norms, features)
 
     def forward(self, levels: list[torch.Tensor]) -> torch.Tensor:
-        """levels: a [B, C, h, w] for each of `shapes`, then their cues. Returns logits [B, gh, gw]."""
+        """levels: a [B, C, h, w] for each of `shapes`, then their cues. Returns logits [B, gh,
+        gw]."""
         own = [norm(level) for norm, level in zip(self.norms, levels)]
         cues = levels[len(own):]
         if not self.training:
@@ -229,7 +232,8 @@ class FPN(Decoder):
         """Sum the levels stage by stage, coarse to fine. Returns logits [B, gh, gw]."""
         x = None
         for stage, grid in enumerate(self.grids):
-            here = [conv(level) for conv, level, at in zip(self.inputs, levels, self.at) if at == stage]
+            here = [conv(level) for conv, level, at in zip(self.inputs, levels, self.at)
+                    if at == stage]
             if x is not None:
                 here.append(self.ups[stage - 1](x))
             total = sum(y if y.shape[2:] == grid else F.interpolate(y, grid, mode="bilinear")
@@ -266,32 +270,26 @@ DECODERS: dict[str, type[Decoder]] = {
 # --- making and running ------------------------------------------------------------------------
 
 
-def make_decoder(name: str, folder: FeatureFolder, levels: list[str] | None = None,
-                 seed: int = 0) -> Decoder:
-    """Return a new decoder for levels (None: all) of a feature folder; its weights depend on `seed`.
+def make_decoder(name: str, shapes: Shapes, size: tuple[int, int], seed: int = 0) -> Decoder:
+    """Return a new decoder for feature maps of `shapes` and frames of `size`; `seed` draws its
+    weights.
 
     Raises BadInput for an unknown decoder, and for features that it cannot take.
     """
-    folder.check_levels(levels or [], cues=False)
-    torch.manual_seed(seed)
-    shapes = {level: folder.shapes[level] for level in levels or folder.shapes}
-    return build_decoder(name, shapes, folder.size)
-
-
-def build_decoder(name: str, shapes: Shapes, size: tuple[int, int]) -> Decoder:
-    """As `make_decoder`, for feature maps of `shapes` and frames of `size`."""
     if name not in DECODERS:
         raise BadInput(f"decoder {name!r}: unknown; there are {', '.join(DECODERS)}")
+    torch.manual_seed(seed)
     return DECODERS[name](shapes, size)  # type: ignore[arg-type]  # its own constructor takes these
 
 
 @torch.inference_mode()
 def predict(decoder: Decoder, features: Features, index: torch.Tensor | None = None,
-            batch_size: int = 32, images: Iterator[np.ndarray] | None = None) -> Iterator[torch.Tensor]:
+            batch_size: int = 32,
+            images: Iterator[np.ndarray] | None = None) -> Iterator[torch.Tensor]:
     """Yield the mask of each row of `index` (None: all), uint8 [H, W]: floor(255 * probability).
 
-    images: the frames themselves, uint8 [H, W, 3] each, in that order; logits are then upsampled along
-    their edges to their size, see vos/refine.py. Without, they are upsampled plainly.
+    images: the frames themselves, uint8 [H, W, 3] each, in that order; logits are then upsampled
+    along their edges to their size, see vos/refine.py. Without, they are upsampled plainly.
     """
     decoder.eval()
     index = features.index if index is None else index
@@ -306,21 +304,10 @@ def predict(decoder: Decoder, features: Features, index: torch.Tensor | None = N
             yield (guided_probabilities(logits, frame) * 255).to(torch.uint8)
 
 
-def one_level(shapes: Shapes, name: str) -> tuple[int, int, int]:
-    """Return the one shape. Raises BadInput when there are more levels than one."""
-    if len(shapes) != 1:
-        raise BadInput(f"decoder {name}: takes one level, found {', '.join(shapes)}; name one with "
-                       "--levels, or choose another --decoder")
-    return next(iter(shapes.values()))
-
-
-def finest(shapes: Shapes) -> tuple[int, int]:
-    """Return the grid (h, w) of the finest stride."""
-    return finest_at(shapes, min(map(level_stride, shapes)))
-
-
-def finest_at(shapes: Shapes, stride: float) -> tuple[int, int]:
-    """Return the largest grid among the levels of a stride: s16 and s8@0.5 may round differently."""
+def finest(shapes: Shapes, stride: float | None = None) -> tuple[int, int]:
+    """Return the largest grid (h, w) at a stride (None: the finest): s16 and s8@0.5 may round
+    apart."""
+    stride = stride or min(map(level_stride, shapes))
     grids = [shape[1:] for level, shape in shapes.items() if level_stride(level) == stride]
     return max(grids, key=lambda grid: grid[0] * grid[1])
 
@@ -345,28 +332,25 @@ def load_model(path: str | Path, size: tuple[int, int] | None = None,
                shapes: Shapes | None = None) -> tuple[Decoder, dict]:
     """Return the decoder of a model.pt, or of the run folder that holds it, and its description.
 
-    size, shapes: of the frames and feature maps that it is to run on; None for those it was trained on.
-    Raises BadInput when it is no checkpoint of train.py, damaged, or does not fit its decoder.
+    size, shapes: of the frames and feature maps that it is to run on; None for those it was trained
+    on. Raises BadInput when it is no checkpoint of train.py, damaged, or does not fit its decoder.
     """
     path = Path(path) / "model.pt" if Path(path).is_dir() else Path(path)
     model = load_checkpoint(path, {"format", "state"})
     if model["format"] != FORMAT:
         raise BadInput(f"{path}: format {model['format']!r}, expected {FORMAT}; train it anew")
     try:
-        trained_on = {level: tuple(shape) for level, shape in model["shapes"].items()}
-        sizes = [model["size"], *(shape[1:] for shape in model["shapes"].values())]
-        if not all(is_shape(size, 2) and math.prod(size) <= 1 << 26 for size in sizes):
-            raise ValueError("its frame size or shapes are damaged")
-        decoder = build_decoder(model["decoder"], shapes or trained_on, size or tuple(model["size"]))
+        own = {level: tuple(shape) for level, shape in model["shapes"].items()}
+        for grid in (model["size"], *(list(shape[1:]) for shape in own.values())):
+            if not is_shape(grid, 2) or math.prod(grid) > 1 << 26:
+                raise ValueError(f"no frames or features have the size {grid}")
+        decoder = make_decoder(model["decoder"], shapes or own, size or tuple(model["size"]))
         if model["returns"] != decoder.returns:
-            raise ValueError(f"it returned {model['returns']}, which is now {decoder.returns}")
+            raise ValueError(f"it returned {model['returns']}, which now are {decoder.returns}")
         decoder.load_state_dict(model["state"])
         if not all(map(is_finite, model.pop("state").values())):
             raise ValueError("its weights are not finite")
-        counts = [model[key] for key in ("featurizer_parameters", "featurizer_flops", "step")]
-        assert all(type(number) is int for number in counts)
-        assert all(level in model["featurizer_levels"] for level in trained_on)
     except Exception as error:  # a damaged description can break a decoder in any way
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise BadInput(f"{path}: does not fit the decoder it names ({reason}); train it anew") from error
+        raise BadInput(f"{path}: does not fit its decoder ({reason}); train it anew") from error
     return decoder.eval(), model

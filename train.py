@@ -2,8 +2,8 @@
 
     python train.py --features features/alexnet-train --val-features features/alexnet-val
 
-writes runs/simple/: model.pt (the best by val IoU, else the last), log.jsonl, curves.svg, predictions/,
-checkpoints/, and last.pt, from which `--resume runs/simple` goes on after any stop.
+writes runs/simple/: model.pt (the best by val IoU, else the last), log.jsonl, curves.svg,
+predictions/, checkpoints/, and last.pt, from which `--resume runs/simple` goes on after any stop.
 
 B batch, N rows of a feature folder, gh gw the decoder's grid, H W frame.
 """
@@ -13,26 +13,28 @@ import itertools
 import math
 import os
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import data
 import models
 from models import DECODERS, Decoder, Recipe
-from vos import cli, distributed, metrics, pictures, runs
+from vos import cli, contest, distributed, pictures, runs
 from vos.inputs import BadInput
-from vos.layers import count_flops, count_parameters
+from vos.layers import count_parameters
 from vos.outputs import Stopped, check_output, write_json
 
-MAY_CHANGE = ("device", "threads", "wandb", "overwrite", "debug", "resume", "out")  # when resuming
+MAY_CHANGE = ("device", "threads", "wandb", "overwrite", "debug", "resume")  # when resuming
 
 
 def parse_args() -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     group = parser.add_argument_group("data")
     group.add_argument("--features", help="feature folder to train on, or wandb:...")
-    group.add_argument("--val-features", help="feature folder to validate on: the best model is kept")
+    group.add_argument("--val-features", help="feature folder to validate on; the best is kept")
     group.add_argument("--holdout", type=cli.number(0, 0.9), default=0.0,
                        help="without it: share of the clips kept out to validate on (default: 0)")
     group.add_argument("--folds", type=cli.count(1000, least=2), metavar="K",
@@ -42,7 +44,8 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--resident", choices=["device", "disk"],
                        help="where features are kept (default: on the device, if they fit)")
     group = parser.add_argument_group("model")
-    group.add_argument("--decoder", choices=list(DECODERS), default="simple", help="(default: simple)")
+    group.add_argument("--decoder", choices=list(DECODERS), default="simple",
+                       help="see models.py (default: simple)")
     group.add_argument("--compile", action="store_true", help="run it through torch.compile")
     group.add_argument("--amp", action="store_true", help="run it in bfloat16 autocast")
     group = parser.add_argument_group("recipe (default: the decoder's own, in models.py)")
@@ -52,8 +55,8 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--seed", type=cli.count(2**31, least=0), default=0,
                        help="of everything random (default: 0)")
     group.add_argument("--out", type=Path, help="run folder to write (default: runs/<decoder>)")
-    group.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
-    group.add_argument("--log-every", type=cli.count(10**9), help="steps (default: a tenth of them)")
+    group.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run folder")
+    group.add_argument("--log-every", type=cli.count(10**9), help="steps (default: a tenth)")
     group.add_argument("--no-pictures", action="store_true", help="write no overlays and no curves")
     cli.add_run_flags(parser)
 
@@ -71,7 +74,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def make_optimizer(decoder: Decoder, recipe: Recipe) -> torch.optim.Optimizer:
-    """Return what changes the weights: anything with param_groups, zero_grad() and step() will do."""
+    """Return what changes the weights: anything with param_groups, zero_grad() and step() will
+    do."""
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer]
     return kind(decoder.parameters(), recipe.lr, weight_decay=recipe.weight_decay, fused=True)
 
@@ -79,7 +83,8 @@ def make_optimizer(decoder: Decoder, recipe: Recipe) -> torch.optim.Optimizer:
 def make_schedule(optimizer, recipe: Recipe) -> torch.optim.lr_scheduler.LRScheduler | None:
     """Return what changes the learning rate after each step; None for a constant one.
 
-    onecycle: Smith and Topin, "Super-Convergence", 2018. It rises for a tenth of the steps, two at least.
+    onecycle: Smith and Topin, "Super-Convergence", 2018. It rises for a tenth of the steps, two at
+    least.
     """
     if recipe.schedule == "constant":
         return None
@@ -95,11 +100,11 @@ def fit(decoder: Decoder, training: data.Features, validation: data.Features | N
         group: distributed.Group = distributed.ALONE, tracker=None) -> float | None:
     """Train a decoder in place; return the best IoU on `validation`, or None without.
 
-    training, validation: features with masks. recipe: None for the decoder's own. out: the run folder to
-    write (None: write nothing), with `facts` kept in model.pt; resume: go on from its last.pt. log_every:
-    steps between two lines of the log, at which it also validates and saves. draw: write pictures. tracker:
-    the run on Weights & Biases. Raises BadInput when the decoder does not fit, FloatingPointError when the
-    loss is not finite.
+    training, validation: features with masks. recipe: None for the decoder's own. out: the run
+    folder to write (None: write nothing), with `facts` kept in model.pt; resume: go on from its
+    last.pt. log_every: steps between two lines of the log, at which it also validates and saves.
+    draw: write pictures. tracker: the run on Weights & Biases. Raises BadInput when the decoder
+    does not fit, FloatingPointError when the loss is not finite.
     """
     recipe = recipe or decoder.recipe
     log_every = log_every or max(1, recipe.steps // 10)
@@ -107,11 +112,12 @@ def fit(decoder: Decoder, training: data.Features, validation: data.Features | N
     decoder.to(device).standardise(training)
     check_decoder(decoder, training)
     targets = data.pool_masks(training, decoder.cells)  # [N, gh, gw]
-    clips = training.folder.clips[training.index]
+    clips = np.array(training.folder.meta["clips"])[training.index]  # a view counts as one
     optimizer = make_optimizer(decoder, recipe)
     schedule = make_schedule(optimizer, recipe)
 
-    parts = {"decoder": decoder, "optimizer": optimizer, **({"schedule": schedule} if schedule else {})}
+    kept = {"decoder": decoder, "optimizer": optimizer, "schedule": schedule}  # to resume from
+    parts = {name: part for name, part in kept.items() if hasattr(part, "state_dict")}
     state = {"step": 0, "best": -1.0, "losses": []}
     if resume:
         state = runs.load_state(out, parts, state, write=group.main)
@@ -119,10 +125,12 @@ def fit(decoder: Decoder, training: data.Features, validation: data.Features | N
     forward = torch.compile(group.wrap(decoder)) if compiled else group.wrap(decoder)
     bar = cli.progress(range(state["step"], recipe.steps), "train")
 
+    if tracker:
+        tracker.watch(decoder, log_every)
     decoder.train()
     with runs.stop_signals() as stop:
         for step in bar:
-            # the batch: its order and noise depend on (seed, step) alone, so a resumed run is the same
+            # the batch: order and noise depend on (seed, step) alone, so a resumed run is the same
             torch.manual_seed(seed + 1 + step)
             order = data.batch_order(clips, recipe.batch_size, recipe.order, seed, step)
             rows = training.index[order[group.rank::group.size]]
@@ -150,7 +158,9 @@ def fit(decoder: Decoder, training: data.Features, validation: data.Features | N
                 is_best = row.get("val_iou", math.inf) > best
                 best, losses = max(best, row.get("val_iou", best)), []
                 if group.main and out:
-                    save(out, row, decoder, training, validation, facts or {}, is_best, draw, tracker)
+                    save(out, row, decoder, training, validation, facts or {}, is_best, draw,
+                         tracker)
+                decoder.train()
             if out and group.main and (due or stop):
                 runs.save_state(out, parts, {"step": step + 1, "best": best, "losses": losses})
             if stop:
@@ -168,18 +178,19 @@ def check_decoder(decoder: Decoder, training: data.Features) -> None:
         found = list(decoder(training.batch(training.index[:1])).shape)
     wanted = [1, *decoder.grid]
     if found != wanted:
-        raise BadInput(f"decoder {type(decoder).__name__}: its forward gives {found} for one frame; "
+        raise BadInput(f"decoder {type(decoder).__name__}: its forward gives {found} for a frame; "
                        f"expected {wanted}, its grid")
 
 
 def mean_loss(losses: list[torch.Tensor], step: int, group: distributed.Group) -> float:
-    """Return the mean of the losses up to `step`. Raises FloatingPointError at one that is not finite."""
+    """Return the mean of the losses up to `step`. Raises FloatingPointError at one that is not
+    finite."""
     values = group.sum(torch.stack(losses)).tolist()
     bad = [step + 1 - len(values) + number for number, value in enumerate(values)
            if not math.isfinite(value)]
     if bad:
-        raise FloatingPointError(f"the loss is not finite at step {bad[0]}; the last good checkpoint is "
-                                 "kept; try a lower --lr")
+        raise FloatingPointError(f"the loss is not finite at step {bad[0]}; the last good "
+                                 "checkpoint is kept; try a lower --lr")
     return sum(values) / len(values)
 
 
@@ -189,13 +200,12 @@ def validate(decoder: Decoder, features: data.Features, group=distributed.ALONE)
     rows = features.index[group.rank::group.size]
     predictions = models.predict(decoder, features, rows)
     total = torch.zeros(2, device=features.device)
-    for part in rows.split(32):
+    for part in rows.split(32) if len(rows) else []:  # a process may have no frames
         pixels = torch.stack(list(itertools.islice(predictions, len(part))))
         packed = data.rows_of(features.masks, part).to(features.device)
         masks = data.unpack(packed, pixels.shape[2])
-        iou = metrics.contest_iou(metrics.foreground(pixels), masks)
+        iou = contest.contest_iou(contest.foreground(pixels), masks)
         total += torch.stack([iou.nansum(), iou.isfinite().sum()]).to(total.dtype)
-    decoder.train()
     added, frames = group.sum(total).tolist()
     return added / max(frames, 1)
 
@@ -216,9 +226,8 @@ def save(out: Path, row: dict, decoder: Decoder, training: data.Features,
         shown = (validation or training).without_views()
         middle = shown.index[len(shown.index) // 2:][:1]
         pixels = next(models.predict(decoder, shown, middle)).cpu()
-        decoder.train()
         mask = data.unpack(data.rows_of(shown.masks, middle).cpu(), pixels.shape[1])[0].numpy()
-        prediction = metrics.foreground(pixels.numpy())
+        prediction = contest.foreground(pixels.numpy())
         file = out / f"predictions/{step:08d}.png"
         frame = runs.write_overlay(file, shown.folder, int(middle), prediction, mask)
         pictures.write_curves(out / "curves.svg", runs.read_log(out))
@@ -237,15 +246,16 @@ def choose_recipe(args: argparse.Namespace) -> Recipe:
 
 
 def choose_held_out(features: data.Features, args: argparse.Namespace) -> list[list[str]]:
-    """Return the names of the clips to validate on, for each training: one, or one for each fold."""
+    """Return the names of the clips to validate on, for each training: one, or one for each
+    fold."""
     clips = features.folder.clips[features.index]
     there = len(set(clips.tolist()))
     if there < (args.folds or (2 if args.holdout else 1)):
-        raise BadInput(f"{features.folder.path}: has {there} labelled clips, too few to hold some out")
+        raise BadInput(f"{features.folder.path}: has {there} labelled clips, too few to hold out")
     if args.folds:
         return data.draw_clips(clips, args.folds, args.seed)
     count = min(max(1, round(args.holdout * there)), there - 1) if args.holdout else 0
-    return [sum(data.draw_clips(clips, there, args.seed)[:count], [])]
+    return [np.concatenate(data.draw_clips(clips, there, args.seed)[:count] or [[]]).tolist()]
 
 
 def main() -> None:
@@ -261,12 +271,14 @@ def main() -> None:
     used: list[str] = []
     paths = [cli.fetch(source, mode, used) for source in (args.features, args.val_features)]
     folders = [data.open_features(path) for path in paths if path]
-    decoder = models.make_decoder(args.decoder, folders[0], args.levels, args.seed)
+    inputs = [folder.path for folder in folders]
     levels = args.levels or list(folders[0].shapes)
+    folders[0].check_levels(levels, cues=False)
+    shapes = {level: folders[0].shapes[level] for level in levels}
+    decoder = models.make_decoder(args.decoder, shapes, folders[0].size, args.seed)
     description = models.describe(decoder, folders[0], levels)
     for folder in folders:
         folder.check_fit(description, folders[0].path, decoder.cues > 0)
-    inputs = [folder.path for folder in folders]
     if args.resume:
         runs.check_same_features(out, folders)
     elif group.main:
@@ -274,45 +286,44 @@ def main() -> None:
     features = [data.load_features(folder, levels, decoder.cues > 0, device, args.resident)
                 for folder in folders]
     held_out = choose_held_out(features[0], args)
-
-    own = count_parameters(decoder)
-    flops = count_flops(decoder, [level.shape[1:] for level in features[0].levels])
+    nparams = count_parameters(decoder) + description["featurizer_parameters"]
     if group.main:
-        print(f"{args.decoder} on {description['featurizer']}, {device}: "
-              f"{own + description['featurizer_parameters']:,} parameters ({own:,} in the decoder) of "
-              f"at most {models.LIMIT - 1:,}; {(flops + description['featurizer_flops']) / 1e9:.2f} "
-              f"GFLOP a frame ({flops / 1e9:.3f} in the decoder)")
-        print(f"{recipe.steps} steps of {recipe.batch_size} from {len(features[0].index)} frames: "
-              f"{recipe.optimizer}, lr {recipe.lr:g} {recipe.schedule}, order {recipe.order}")
+        print(f"{args.decoder} on {description['featurizer']}, {device}: {nparams:,} parameters of "
+              f"at most {contest.LIMIT - 1:,}; {recipe.steps} steps of {recipe.batch_size} from "
+              f"{len(features[0].index)} frames, {recipe.optimizer}, lr {recipe.lr:g}")
+
+    make_optimizer(decoder, recipe)  # imports PyTorch's compiler: a second that is not training's
 
     # train once, or once for each fold
     command = runs.describe_command(args, dataclasses.asdict(recipe), folders, used)
     logged = cli.tracked(mode if group.main else "disabled", "train", command, used)
-    results = []
-    with runs.open_run(out, command, args.overwrite, inputs, bool(args.resume), group), logged as log:
+    results, started = [], time.perf_counter()
+    owned = runs.open_run(out, command, args.overwrite, inputs, bool(args.resume), group)
+    with owned, logged as log:
         for number, held in enumerate(held_out):
             training, validation = features[0].hold_out(held) if held else (features[0], None)
             if len(features) > 1:
                 validation = features[1].without_views()
-            place = out / f"fold-{number}" if args.folds else out
-            decoder = models.make_decoder(args.decoder, folders[0], levels, args.seed)
             facts = {"recipe": command["recipe"], "code": command["code"], "held_out": held,
                      "clips": sorted(set(training.folder.clips[training.index].tolist()))}
-            best = fit(decoder, training, validation, recipe, place, seed=args.seed, facts=facts,
+            decoder = models.make_decoder(args.decoder, shapes, folders[0].size, args.seed)
+            best = fit(decoder, training, validation, recipe,
+                       out / f"fold-{number}" if args.folds else out, seed=args.seed, facts=facts,
                        log_every=args.log_every, resume=bool(args.resume), amp=args.amp,
                        compiled=args.compile, draw=not args.no_pictures, group=group, tracker=log)
             results.append(validate(decoder, validation, group) if args.folds else best)
         if log and not args.folds:
             from vos import tracking
-            facts |= {"val_iou": best, "nparams": own + description["featurizer_parameters"]}
             saved = sorted((out / "checkpoints").glob("*.pt"))
-            tracking.log_model(log, args.decoder, out / "model.pt", saved, facts)
+            tracking.log_model(log, args.decoder, out / "model.pt", saved,
+                               facts | {"val_iou": best, "nparams": nparams})
 
+    if group.main:
+        print(f"seconds: {time.perf_counter() - started:.3f} ({recipe.steps} steps)")
     if group.main and args.folds:
         mean = sum(results) / len(results)
         write_json(out / "folds.json", {"val_iou": results, "mean": mean, "held_out": held_out})
-        cli.say(f"wrote {out}: val IoU {mean:.4f}, the mean of {args.folds} folds at the last step ("
-                f"{' '.join(f'{iou:.4f}' for iou in results)})")
+        cli.say(f"wrote {out}: val IoU {mean:.4f}, the mean of {args.folds} folds at the last step")
     elif group.main:
         cli.say(f"wrote {out}: model.pt" + ("" if best is None else f", val IoU {best:.4f}"))
         there = cli.quote(args.val_features or args.features)

@@ -1,83 +1,459 @@
-"""Read damaged and hostile files, thousands of them, and see that each ends in a clear error or a right result.
+"""Feed thousands of hostile inputs to the scripts: each must be refused in one line, or be right.
 
     python tests/fuzz.py --count 10000 --seed 0
 
-Images and masks in every form, paths.json, meta.json, arrays, checkpoints and results are damaged at random (the same
-seed, the same damage) and read as the scripts read them; before them come a few crafted by hand. Each must be refused
-(BadInput, or a broken rule of package.py) or read right, in time, in memory, with nothing on standard error, no program
-started and no file opened outside its folder (libtiff's own lines about a damaged TIFF excepted).
-Prints a count per kind and outcome; what fails is kept in --failures and makes the exit status 1. Inputs are read in
-child processes, so that a crash of one is counted too.
+Flags, outputs, layouts, encodings, videos and damaged bytes, drawn at random (the same seed, the same
+inputs) in a small world of a user's files. Each ends in BadInput (a script: one line and status 2; the
+rules that package.py finds broken: status 1) or in the right answer, which is computed here; in time
+and in memory; with nothing else on standard error, no program started but ffmpeg, and no file outside
+--out touched. Prints a count per family and outcome; failures are kept, and make the exit status 1.
 """
 import argparse
 import collections
 import contextlib
-import copy
+import faulthandler
 import io
 import json
+import math
 import os
-import pickle
-import re
 import resource
 import shutil
-import signal
+import stat
 import struct
 import sys
 import tempfile
 import time
 import traceback
+import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from helpers import write_features  # noqa: E402
+from helpers import call, ok, write_json  # noqa: E402
 from PIL import Image  # noqa: E402
 
-import checkpoints  # noqa: E402
-import clips  # noqa: E402
 import data  # noqa: E402
+import evaluate  # noqa: E402
+import featurize  # noqa: E402
 import models  # noqa: E402
 import package  # noqa: E402
-import resident  # noqa: E402
-import runs  # noqa: E402
-from cli import one_line  # noqa: E402
-from distributed import Group  # noqa: E402
-from files import BadInput  # noqa: E402
-from optimizer import Adam  # noqa: E402
+import train  # noqa: E402
+from vos import cli, clips, featurizers, images, runs, sample, sources, video  # noqa: E402
+from vos.efficientnet_lite import read  # noqa: E402
+from vos.inputs import BadInput, is_name  # noqa: E402
 
-SECONDS = 20  # that one input may take, on a busy machine
-MEMORY = 1500  # MB that one input may take: a picture of 64 million pixels in a few forms
-CHUNK = 250  # inputs a child process reads
-SIZE = (40, 60)  # (H, W) of frames
-LIBTIFF = rb"(tempfile\.tif|LZW\w+|TIFF\w+|Fax\w+): .*\n"  # prints its own words about a damaged file
-CPU = torch.device("cpu")
+SECONDS, MEMORY = 60, 1500  # seconds and MB that one input may take, on a busy machine
+SCRIPTS = {"sample": sample, "featurize": featurize, "train": train, "evaluate": evaluate,
+           "package": package}
+BASE = {"sample": "--clips=1 --val-clips=1 --frames=1 --size=32x32",
+        "featurize": "--data=clips --split=train --featurizer=tiny --weights=random",
+        "train": "--features=features --decoder=linear --steps=2 --batch-size=2 --no-pictures",
+        "evaluate": "--model=run --features=features --no-pictures",
+        "package": "--results=results"}
+HOSTILE = ["", "0", "-1", "1", "2", "1e999", "nan", "inf", "9" * 20, "9" * 5000, "0x10", "1_0", "²", "٣",
+           "1.5", "-0.0", "1e-320", ".", "..", "/", "~", "a/b", "\udcff", "\x1b[2J", "a\nb", "é" * 300,
+           "s16", "s16@.5", "s8@0", "s0", "s8@nan", "s8,s8", "s٨", ",", "mirror", "mirror,mirror", "zoom0",
+           "zoom1.5", "zoom١", "32x32", "0x0", "99999x99999", "cpu", "cpu:7", "cuda:99", "meta", "wandb:",
+           "wandb:../x", "random", "tiny", "timm:", "fifo", "home", "home/letter.txt", "clips", "features",
+           "results", "contest", "gone", "x" * 5000]
+NASTY = [None, True, 0, -1, 2**31, 2**63, 10**400, 0.5, math.nan, math.inf, "", "..", "/etc/passwd",
+         "C:\\x", "a\\..\\..\\x", "outputs/../../x.png", "a\0b", "\ud800", "a\nb", "\x1b[2J", "é" * 300,
+         "a/" * 3000, [], {}, [[]], {"": ""}, [-1, 5], [10**9] * 2, [65000] * 2, "s16", "../features", "²"]
+REACHED: list[str] = []  # what the audit hook saw
+CHANGES = ("os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.symlink")
+STARTS = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "socket.connect")
 
 
-class Kind(NamedTuple):
-    """One kind of input: whole files to damage, how, and how it is read."""
+class Tiny(featurizers.AlexNet):
+    """A featurizer of one level that takes no time."""
 
-    files: list[Path]  # whole ones, in a folder that lends the rest of what is needed
-    damage: Callable[[np.random.Generator, bytes], bytes]
-    read: Callable[[Path], object]  # raises BadInput, AssertionError for a wrong result, or returns
+    def __init__(self, name: str, weights: str | None):
+        torch.nn.Sequential.__init__(self, torch.nn.AvgPool2d(8), torch.nn.Conv2d(3, 4, 1))
+        self.mean, self.std, self.default, self.taps = (0.5,) * 3, (0.2,) * 3, ("s8",), {"s8": 2}
+        if weights not in (None, "random"):
+            self.load_state_dict(read(weights))
 
 
-# --- damage ------------------------------------------------------------------------------------
+def make_world() -> None:
+    """Write a user's files, and what every script makes, in the current folder."""
+    featurizers.FEATURIZERS["tiny"] = Tiny
+    for name in ("home", "now", "contest/ant", "videos"):
+        Path(name).mkdir(parents=True)
+    Path("home/letter.txt").write_text("dear")
+    os.mkfifo("fifo")
+    ok(call("vos.sample", "--out=clips", "--clips=2", "--val-clips=1", "--frames=2", "--size=48x64"))
+    outs = {"featurize": "features", "train": "run", "evaluate": "results", "package": "sub.zip"}
+    for name, out in outs.items():
+        ok(call(name, *BASE[name].split(), f"--out={out}"))
+
+    table: dict[str, dict] = {"raw": {}, "annotation": {}}
+    pairs = zip(sorted(Path("clips").rglob("*.jpg")), sorted(Path("clips").rglob("*.png")))
+    for number, pair in enumerate(pairs):
+        for column, file in zip(table, pair):
+            table[column][str(number)] = f"ant\\{number}{file.suffix}"
+            shutil.copy(file, f"contest/ant/{number}{file.suffix}")
+    write_json(Path("contest/paths.json"), table)
+    picture = Image.open("contest/ant/0.jpg")
+    for name, options in {"webp": {"lossless": True}, "tif": {"compression": "tiff_lzw"}, "bmp": {},
+                          "png": {}, "jpeg": {"progressive": True}}.items():
+        picture.save(f"home/picture.{name}", **options)
+    for kind in video_kinds():
+        walk = [np.full((32, 48, 3), 25 * number, np.uint8) for number in range(9)]
+        video.write_video(Path(f"videos/walk.{kind}"), walk, 24, kind)
+
+
+# --- running and judging -----------------------------------------------------------------------
+
+
+def snapshot(*skipped: str) -> dict[str, tuple]:
+    """Return what tells every file below the current folder from a changed one."""
+    found = {}
+    for folder, folders, files in os.walk("."):
+        folders[:] = [name for name in folders if os.path.join(folder, name)[2:] not in skipped]
+        for name in folders + files:
+            state = os.lstat(path := os.path.join(folder, name))
+            rest = () if stat.S_ISDIR(state.st_mode) else (state.st_size, state.st_mtime_ns)
+            found[path[2:]] = state.st_mode, state.st_ino, *rest
+    return found
+
+
+def said() -> str:
+    """Return what was written to standard error, a file here, since the last call."""
+    sys.stderr.flush()
+    text = os.pread(2, 1 << 20, 0).decode("utf-8", "replace")
+    os.ftruncate(2, 0)
+    os.lseek(2, 0, os.SEEK_SET)
+    return text
+
+
+def run_script(name: str, *flags: str, out: str = "now/out") -> None:
+    """Run a script, check how it ends and what it leaves; BadInput when it refuses in one line."""
+    before = snapshot()
+    argv = [f"{name}.py", *flags]
+    with mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(io.StringIO()):
+        status = cli.run(SCRIPTS[name].main)
+    after, text = snapshot(), said()
+
+    touched = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
+    if status != 2:
+        touched -= {path for path in touched if f"{path}/".startswith(f"{out}/")}
+    parents = {path for path in touched - before.keys() if f"{out}/".startswith(f"{path}/")}
+    assert touched <= parents, f"touched {touched}"
+    if status == 0:
+        assert text == "" and os.path.lexists(out), f"status 0, but said {text!r}"
+        return
+    rules = name == "package" and status == 1
+    assert status == 2 or rules or (status == 1 and "not finite" in text), (status, text)
+    *lines, last = text.split("\n")
+    assert last == "" and lines and lines[-1].startswith(f"{name}.py: "), text
+    assert (rules or len(lines) == 1) and all(map(str.isprintable, lines)), text
+    raise BadInput(text)
+
+
+def expect(right: bool | None, work, *arguments):
+    """Return what `work` does. right: whether it must be taken, or refused; None: either."""
+    try:
+        result = work(*arguments)
+    except BadInput as error:
+        assert right is not True, f"refused, though it is right: {error}"
+        raise
+    assert right is not False, "taken, though it should be refused"
+    return result
+
+
+def note(event: str, arguments: tuple) -> None:
+    """Note programs started, and files read and changed outside the world (an audit hook)."""
+    if event in STARTS and "ffmpeg" not in str(arguments[0]):
+        REACHED.append(f"{event}{arguments!r}"[:200])
+    elif event in ("open", *CHANGES) and isinstance(arguments[0], str | bytes | os.PathLike):
+        path = os.path.realpath(os.fsdecode(arguments[0]))
+        changes = event != "open" or (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR)
+        installed = [] if changes else [sys.prefix, sys.base_prefix, str(ROOT), "/proc/", "/sys/", "/usr/"]
+        if not path.startswith((os.getcwd(), "/dev/null", *installed)):
+            REACHED.append(f"{event} {path}"[:200])
+
+
+def judge(case, rng: np.random.Generator) -> str:
+    """Return how one input ended: right, refused, or what was wrong."""
+    shutil.rmtree("now")
+    os.mkdir("now")
+    before, memory = snapshot("now"), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    REACHED.clear()
+    try:
+        case(rng)
+        outcome = "right"
+    except BadInput as error:
+        outcome = "refused" if str(error).strip() else "an error without words"
+    except BaseException:  # whatever else it is, a user would see a traceback
+        outcome = traceback.format_exc()
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) // 1024
+    wrong = {"reached out": list(REACHED), "said": said(), "took MB": grown * (grown > MEMORY),
+             "touched": set(snapshot("now").items()) ^ set(before.items())}
+    found = {what: value for what, value in wrong.items() if value}
+    return f"{outcome} {found}" if found else outcome
+
+
+# --- flags and outputs -------------------------------------------------------------------------
+
+
+def flags(rng: np.random.Generator) -> None:
+    """Random and hostile values of the flags of a script, parsed only or run on tiny inputs."""
+    name, found = str(rng.choice(list(SCRIPTS))), []
+    with (mock.patch.object(cli.Parser, "parse_args", lambda self: found.append(self) or sys.exit()),
+          contextlib.suppress(SystemExit)):
+        SCRIPTS[name].main()
+    whole = name == "sample" or rng.random() < 0.4
+    never = {"help", "debug", *(["out", "resume", "compile", "wandb", "threads"] if whole else [])}
+    known = [action for action in found[0]._actions if action.dest not in never]
+    given = BASE[name].split()
+    for action in rng.choice(known, rng.integers(1, 4)):
+        values = [*HOSTILE, *map(str, list(action.choices or []) * 10)]
+        flag = action.option_strings[0][:-1 if rng.random() < 0.03 else None]
+        bare = action.nargs == 0 and rng.random() < 0.9
+        given.append(flag if bare else f"{flag}={values[rng.integers(len(values))]}")
+    if whole:
+        return run_script(name, *given, "--out=now/out")
+
+    with mock.patch.object(sys, "argv", [f"{name}.py", *given]):
+        args = vars(SCRIPTS[name].parse_args())
+    for key, value in args.items():
+        flag = f"--{key.replace('_', '-')}="
+        text = [part.removeprefix(flag) for part in given if part.startswith(flag)]
+        if text and type(value) in (int, float):
+            assert math.isfinite(value) and value == float(text[-1]), (flag, text, value)
+    for level in args.get("levels") or []:
+        stride, at, scale = level.removeprefix("s").partition("@")
+        assert 0 < int(stride) <= 4096 and scale != "1" and 0.1 <= float(scale or 1) <= 4, level
+    assert math.prod(args.get("size") or ()) <= images.PIXELS_LIMIT
+
+
+def outputs(rng: np.random.Generator) -> None:
+    """A script writes, with and without --overwrite, where something else may be."""
+    own = {"sample": "sample.json ImageSets", "featurize": "meta.json paths.json", "half": "meta.json",
+           "train": "args.json log.jsonl", "evaluate": "metadata.json scores.json", "other": "letter.txt"}
+    for kind, files in own.items():
+        Path("now", kind).mkdir()
+        for file in files.split():
+            Path("now", kind, file).write_text("old")
+    Path("now/empty").mkdir()
+    shutil.copy("sub.zip", "now/package")
+    with zipfile.ZipFile("now/other.zip", "w") as archive:
+        archive.writestr("letter.txt", "dear")
+    os.mkfifo("now/fifo")
+    for link, target in {"link": "empty", "toward": "nowhere", "loop": "loop"}.items():
+        Path("now", link).symlink_to(target)
+
+    name, overwrite = str(rng.choice(list(SCRIPTS))), bool(rng.random() < 0.5)
+    right = {f"now/{kind}": kind == name and overwrite for kind in [*own, "package"]}
+    right |= {"now/new": True, "now/deep/er/new": True, "now/é \x1b[2J": True, "now/empty": name != "package"}
+    never = [".", "..", "/", "", "home", "home/letter.txt", "home/letter.txt/new", "fifo", "now",
+             "now/other.zip", "now/fifo", "now/link", "now/toward", "now/loop", "now/loop/new",
+             "/dev/null", "/proc/self/new", f"now/{'x' * 300}", "now/a\0b", os.getcwd(), "now/../home"]
+    for part in BASE[name].split():
+        read = part.partition("=")[2]
+        never += [read, f"{read}/new", f"now/../{read}"] if Path(read).is_dir() else []
+    targets = [*right] * 2 + never
+    target = targets[rng.integers(len(targets))]
+    given = [*BASE[name].split(), f"--out={target}", *["--overwrite"] * overwrite]
+    expect(right.get(target, False), lambda: run_script(name, *given, out=target))
+
+
+# --- layouts, encodings, videos ----------------------------------------------------------------
+
+
+def layouts(rng: np.random.Generator) -> None:
+    """An odd tree for --data: each frame found must be the one it is called, with its own mask."""
+    odd = ["é", "=1+1", "a b", "\x1b[2J", "x:y", "n" * 150, "n" * 245, "\udcff", "x\\y", "-v", "~"]
+    kind = str(rng.choice(["folders", "flat", "2016", "2017", "contest"]))
+    names = [odd[rng.integers(len(odd))] if rng.random() < 0.1 else f"clip{n}" for n in (9, 10, 11)]
+    names = names[:1] if kind == "flat" else names
+    numbers = {(clip, f"f{5 * frame}"): 3 * n + frame for n, clip in enumerate(dict.fromkeys(names))
+               for frame in range(int(rng.integers(1, 4)))}
+    root, folders = Path("now/data"), ("JPEGImages/480p", "Annotations/480p")
+    rows = [[f"{folder}/{clip}/{name}.png" for folder in folders] for clip, name in numbers]
+    for number, files in zip(numbers.values(), rows):  # its grey and its mask's width tell which
+        grey, mask = np.full((32, 40), 20 * number + 10, np.uint8), np.tile(np.arange(40) <= number, (32, 1))
+        for file, pixels in zip(files, (grey, mask)):
+            (root / file).parent.mkdir(parents=True, exist_ok=True)
+            images.write_image(root / file, pixels)
+
+    damage = int(rng.integers(11)) if rng.random() < 0.6 else 11
+    victim = root / rows[rng.integers(len(rows))][damage % 2]
+    lines = [f"/{image} /{mask}" for image, mask in rows] if kind == "2016" else names
+    table = {key: dict(enumerate(column)) for key, column in zip(("raw", "annotation"), zip(*rows))}
+    if damage < 9:
+        victim.unlink()
+        makes = [str, str, os.mkfifo, os.mkfifo, Path.mkdir, Path.mkdir, Path.touch,
+                 lambda file: file.symlink_to(file), lambda file: Image.new("L", (48, 40)).save(file)]
+        makes[damage](victim)
+    elif damage < 11:
+        wrong = ["/etc/passwd", "..", "JPEGImages/480p", "nobody", "/a /b /c", "\0", lines[0]]
+        lines = [*lines, wrong[rng.integers(len(wrong))]]
+        table["raw"][["0", -1, "x", len(rows)][rng.integers(4)]] = lines[-1]
+    if kind == "contest":
+        write_json(root / "paths.json", table)
+    if kind.isdecimal():
+        (root / "ImageSets/480p").mkdir(parents=True)
+        (root / "ImageSets/480p/train.txt").write_bytes(os.fsencode("\n".join(lines)))
+    below = {"folders": "", "flat": names[0]}.get(kind)
+    place, masks = (root, None) if below is None else (root / folder / below for folder in folders)
+
+    right = {2: False, 4: False, 6: False, 8: False, 11: all(map(is_name, names))}.get(damage)
+    right = None if right and " " in "".join(names) and kind == "2016" else right
+    if rng.random() < 0.2:
+        given = [f"--data={place}", "--split=train", *([f"--masks={masks}"] if masks else [])]
+        base = "--featurizer=tiny --weights=random --out=now/out".split()
+        return expect(right, lambda: run_script("featurize", *given, *base))
+    source = expect(right, sources.open_frames, place, "train", masks, 2)
+    for index, (frame, shown) in enumerate(zip(source.frames, clips.read_images(source.frames))):
+        number, mask = numbers[frame[:2]], source.mask(index)
+        assert shown.shape == (32, 40, 3) and (shown == 20 * number + 10).all()
+        assert damage < 11 if mask is None else (mask == (np.arange(40) <= number)).all()
+    assert damage < 11 or [frame[:2] for frame in source.frames] == list(numbers)
+
+
+def png(pixels: np.ndarray, depth: int, colour: int, palette: np.ndarray, turn: int = 1) -> Path:
+    """Write a PNG of [H, W, C] values of `depth` bits, turned as an EXIF orientation says."""
+    height, width = pixels.shape[:2]
+    bits = np.packbits((pixels[..., None] >> np.arange(depth)[::-1] & 1).reshape(height, -1), axis=1)
+    exif = b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01" + bytes([0, turn, 0, 0, 0, 0, 0, 0])
+    file = Path(f"now/{len(os.listdir('now'))}.png")
+    file.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+        + (chunk(b"PLTE", palette.astype(np.uint8).tobytes()) if colour == 3 else b"")
+        + chunk(b"eXIf", exif) + chunk(b"IDAT", zlib.compress(np.insert(bits, 0, 0, axis=1).tobytes()))
+        + chunk(b"IEND", b""))
+    return file
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    """Return a chunk of a PNG with its checksum."""
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def encoded_frame(rng: np.random.Generator) -> None:
+    """A frame as a PNG of any colour type, depth and orientation, beside what it shows."""
+    colour = int(rng.choice([0, 2, 3, 4, 6]))
+    depth = int(rng.choice({0: [1, 2, 4, 8, 16], 3: [1, 2, 4, 8]}.get(colour, [8, 16])))
+    *size, turn = map(int, rng.integers(1, 9, 3))
+    pixels = rng.integers(0, 1 << depth, (*size, {2: 3, 4: 2, 6: 4}.get(colour, 1)))
+    palette = rng.integers(0, 256, (1 << min(depth, 8), 3))
+    file = png(pixels, depth, colour, palette, turn)
+    found = expect(colour > 0 or depth < 16, images.read_image, file)
+
+    shown = pixels >> 8 if depth == 16 else pixels * 255 // ((1 << depth) - 1)
+    shown = palette[pixels[..., 0]] if colour == 3 else shown[..., :1 if colour in (0, 4) else 3]
+    shown = shown.swapaxes(0, 1) if turn > 4 else shown  # of 5 to 8 the rows are columns
+    flips = {2: (1,), 3: (0, 1), 4: (0,), 6: (1,), 7: (0, 1), 8: (0,)}.get(turn, ())
+    assert (np.broadcast_to(np.flip(shown, flips), found.shape) == found).all(), (colour, depth, turn)
+
+
+def saved_frame(rng: np.random.Generator) -> None:
+    """A frame of one grey, saved by Pillow in every format and mode."""
+    modes = {"jpg": "RGB L CMYK", "webp": "RGB RGBA", "bmp": "RGB L P 1", "gif": "P L",
+             "tif": "RGB RGBA L LA P 1 CMYK I;16 F I"}
+    suffix = str(rng.choice(list(modes)))
+    mode, value = str(rng.choice(modes[suffix].split())), int(rng.integers(0, 200))
+    file, wide, turn = Path(f"now/a.{suffix}"), mode in ("I;16", "F", "I"), int(rng.integers(1, 9))
+    grey = Image.new("RGB", (16, 24), (value,) * 3)
+    picture = Image.new(mode, (16, 24), value) if wide else grey.convert(mode, dither=Image.Dither.NONE)
+    exif = Image.Exif()
+    exif[274] = turn if suffix in ("jpg", "webp", "tif") else 1
+    picture.save(file, **({"exif": exif} if exif[274] > 1 else {}))
+    found = expect(not wide, images.read_image, file)
+    assert found.shape == ((16, 24, 3) if exif[274] > 4 else (24, 16, 3)), (suffix, mode, turn)
+    wanted = 255 * (value > 127) if mode == "1" else value
+    assert np.abs(found.astype(int) - wanted).max() <= 3, (suffix, mode, found[0, 0], wanted)
+
+
+def encoded_masks(rng: np.random.Generator) -> None:
+    """A data set of masks: read as the table in docs/formats.md says, whatever EXIF says."""
+    pools = [[0, 1], [0, 255], [0, 1, 3], [0, 1, 255], [0, 38], [0, 128, 255], [0, 33, 255],
+             [0, 9, 128, 255], [0, 254], [0, 200], [0, 32], [0]]
+    pool, predictions = pools[rng.integers(len(pools))], bool(rng.random() < 0.3)
+    palette = rng.integers(0, 256, (256, 3)) if rng.random() < 0.7 else np.arange(256)[:, None].repeat(3, 1)
+    greys, palette[0] = bool(palette[9, 0] == 9), 255 * (rng.random() < 0.1)
+    files, kinds, read, right = [], [], [], True
+    colours = rng.choice([0, 2, 3, 4, 6], 3) if rng.random() < 0.3 else [rng.choice([0, 2, 3, 4, 6])] * 3
+    for colour in map(int, colours):
+        depth = int(rng.choice([1, 2, 4, 8, 8])) if colour == 0 else 8
+        pixels = rng.choice(pool, (8, 8, {2: 3, 4: 2, 6: 4}.get(colour, 1))) % (1 << depth)
+        pixels = pixels[..., :1].repeat(3, 2) if colour == 2 and rng.random() < 0.6 else pixels
+        files.append(png(pixels, depth, colour, palette, turn=6))
+        seen = pixels[..., :-1] if colour in (4, 6) else pixels
+        blank = colour in (4, 6) and np.ptp(pixels[..., -1]) and (seen == seen[0, 0]).all()
+        right = right and not blank and not (colour == 3 and palette[0, 0])
+        same = (seen == seen[..., :1]).all()
+        kinds.append({2: "equal" if same else "colour", 6: "equal" if same else "colour", 0: "bit" * (depth < 2),
+                      3: "" if greys else "indexed"}.get(colour) or "grey")
+        read.append(seen.max(axis=2) * (255 // ((1 << depth) - 1)))
+    wanted = []
+    for kind, values in zip(kinds, read):
+        held = set(np.concatenate([more for other, more in zip(kinds, read) if other == kind]).flat)
+        shades = max(held) > 32 and (kind == "grey" or (kind == "equal" and "colour" not in kinds))
+        fine = predictions or (max(held) == 255 and (held & {*range(33, 255)} or not held & {*range(1, 33)}))
+        right = right and (not shades or bool(fine))
+        void = kind == "indexed" and 255 in held and held - {0, 255}
+        wanted.append(values > 127 if shades else (values > 0) & ((values < 255) | (not void)))
+    meaning = expect(right, images.decide_meaning, files, 2, predictions)
+    for file, mask in zip(files, wanted):
+        assert (images.read_mask(file, meaning) == mask).all(), (kinds, pool, meaning)
+
+
+def encodings(rng: np.random.Generator) -> None:
+    """Frames and masks of every mode, beside the right answer."""
+    [encoded_frame, saved_frame, encoded_masks, encoded_masks][rng.integers(4)](rng)
+
+
+def video_kinds() -> list[str]:
+    """Return the kinds of video that can be written here."""
+    with contextlib.suppress(ImportError):
+        import imageio_ffmpeg  # noqa: F401
+        return ["gif", "mp4"]
+    return ["gif"]
+
+
+def videos(rng: np.random.Generator) -> None:
+    """A GIF of random length, or a prepared MP4: whole, cut, or with flipped bytes."""
+    kind, file, count = "gif", Path("now/walk.gif"), int(rng.integers(1, 9))
+    greys = np.array([int(value) for value in rng.choice(256, count, replace=False)], np.uint8)
+    if rng.random() < 0.1 and "mp4" in video_kinds():
+        kind, file, greys = "mp4", Path("now/walk.mp4"), np.arange(9, dtype=np.uint8) * 25
+        shutil.copy("videos/walk.mp4", file)
+    else:
+        video.write_video(file, [np.full((16, 24, 3), grey) for grey in greys], float(rng.choice([5, 24, 29.97])), "gif")
+    whole, what = file.read_bytes(), rng.random()
+    if what < 0.4:
+        ends = [at for at in range(20, len(whole) - 1) if whole[at - 1] == ord(";")] or [len(whole) // 2]
+        at = int(rng.choice(ends)) if rng.random() < 0.3 else int(rng.integers(len(whole) - 1))
+        file.write_bytes(whole[:at])
+    elif what < 0.8:
+        file.write_bytes(damage_bytes(rng, whole))
+    found = expect({0: False, 2: True}.get(int(what / 0.4)), lambda: list(video.read_video(file)))
+    assert all(image.dtype == np.uint8 and image.ndim == 3 for image in found)
+    if what >= 0.8:
+        assert len(found) == len(greys) and all(
+            np.abs(image.astype(int) - int(grey)).max() <= 4 for image, grey in zip(found, greys))
+
+
+# --- damaged bytes -----------------------------------------------------------------------------
 
 
 def damage_bytes(rng: np.random.Generator, whole: bytes) -> bytes:
     """Flip, overwrite, cut out, repeat or append a few bytes, or cut the end off."""
     content = bytearray(whole)
     for _ in range(int(rng.integers(1, 4))):
-        at = int(rng.integers(min(len(content), 64) if rng.random() < 0.4 else len(content))) if content else 0
-        length = int(rng.integers(1, 17))
-        match int(rng.integers(7)):
+        at, length = int(rng.integers(min(len(content), 64) or 1)), int(rng.integers(1, 17))
+        at = int(rng.integers(len(content) or 1)) if rng.random() < 0.6 else at
+        number = int(rng.choice([0, 1, 255, 65535, 2**31 - 1, 2**31, 2**32 - 1, 60000]))
+        match int(rng.integers(6)):
             case 0 if content:
                 content[at] ^= 1 << int(rng.integers(8))
             case 1:
@@ -87,520 +463,228 @@ def damage_bytes(rng: np.random.Generator, whole: bytes) -> bytes:
             case 3:
                 content[at:at] = content[at:at + length] * int(rng.integers(1, 50))
             case 4:
-                number = int(rng.choice([0, 1, 255, 65535, 2**31 - 1, 2**31, 2**32 - 1, 60000]))
                 content[at:at + 4] = struct.pack(">I" if rng.random() < 0.5 else "<I", number)
             case 5:
                 del content[at:]
-            case 6:
-                content += rng.bytes(length)
     return bytes(content)
 
 
 def damage_png(rng: np.random.Generator, whole: bytes) -> bytes:
-    """Damage what is inside a PNG's chunks and make their checksums right again, so that it gets further."""
-    if rng.random() < 0.4 or whole[:4] != b"\x89PNG":
-        return damage_bytes(rng, whole)
-    chunks, at = [], 8
-    while at < len(whole):
+    """Damage what is inside a PNG's chunk and make its checksum right again, to get further."""
+    at, parts = 8, []
+    while whole[:4] == b"\x89PNG" and at < len(whole):
         length, = struct.unpack(">I", whole[at:at + 4])
-        chunks.append((whole[at + 4:at + 8], whole[at + 8:at + 8 + length]))
+        parts.append((whole[at + 4:at + 8], whole[at + 8:at + 8 + length]))
         at += length + 12
-    chosen = int(rng.integers(len(chunks)))
-    kind, body = chunks[chosen]
-    if kind == b"IDAT" and rng.random() < 0.7:
-        body = zlib.compress(damage_bytes(rng, zlib.decompress(body)))
-    else:
-        body = damage_bytes(rng, body) if rng.random() < 0.9 else b""
-    chunks[chosen] = (kind, body)
-    if rng.random() < 0.2:
-        chunks.insert(int(rng.integers(len(chunks) + 1)), chunks[int(rng.integers(len(chunks)))])
-    return whole[:8] + b"".join(png_chunk(kind, body) for kind, body in chunks)
-
-
-def png_chunk(kind: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-
-NASTY = [None, True, False, 0, -1, 1, 2**31, 2**63, 10**400, 0.5, -0.0, float("nan"), float("inf"), "", ".", "..", "../x", "/etc/passwd",
-         "C:\\x", "a\\..\\..\\x", "outputs/../../x.png", "a\0b", "\ud800", "a\nb", "\x1b[2J", "é" * 300, "a/" * 3000 + "b", "a" * 5000,
-         [], {}, [[]], {"": ""}, [1, 2], [-1, 5], [10**9, 10**9], [65000, 65000], "s16", "features", "../features", "²", "1e5", [None] * 3]
-
-
-def nasty(rng: np.random.Generator):
-    """A value that a file might hold but should not."""
-    return copy.deepcopy(NASTY[int(rng.integers(len(NASTY)))])
+    if not parts or rng.random() < 0.4:
+        return damage_bytes(rng, whole)
+    chosen = int(rng.integers(len(parts)))
+    kind, body = parts[chosen]
+    is_data = kind == b"IDAT" and rng.random() < 0.7
+    body = zlib.compress(damage_bytes(rng, zlib.decompress(body))) if is_data else damage_bytes(rng, body)
+    parts[chosen] = kind, body
+    return whole[:8] + b"".join(chunk(*part) for part in parts)
 
 
 def damage_value(rng: np.random.Generator, value):
-    """Change one entry somewhere in nested dicts and lists: replaced, taken out, renamed or doubled."""
-    if isinstance(value, dict | list) and value and rng.random() < 0.85:
-        keys = list(value) if isinstance(value, dict) else list(range(len(value)))
-        key = keys[int(rng.integers(len(keys)))]
-        what = rng.random()
-        if what < 0.7:
-            value[key] = damage_value(rng, value[key])
-        elif what < 0.8:
-            del value[key]
-        elif isinstance(value, list):
-            value.insert(key, nasty(rng))
-        else:
-            with contextlib.suppress(TypeError):  # a nasty value that cannot be a key
-                value[nasty(rng)] = value.pop(key) if rng.random() < 0.5 else nasty(rng)
-        return value
-    return nasty(rng)
+    """Change one entry somewhere in nested dicts and lists: replaced, taken out or renamed."""
+    if not isinstance(value, dict | list) or not value or rng.random() < 0.15:
+        return NASTY[rng.integers(len(NASTY))]
+    keys = list(value) if isinstance(value, dict) else list(range(len(value)))
+    key, what = keys[rng.integers(len(keys))], rng.random()
+    if what < 0.8:
+        value[key] = damage_value(rng, value[key])
+    elif what < 0.9 or isinstance(value, list):
+        del value[key]
+    else:
+        value[str(NASTY[rng.integers(len(NASTY))])] = value.pop(key)
+    return value
 
 
 def damage_json(rng: np.random.Generator, whole: bytes) -> bytes:
     """Damage JSON as text or as values; now and then nest it deeper than a parser likes."""
-    what = rng.random()
-    if what < 0.2:
-        return damage_bytes(rng, whole)
-    if what < 0.23:
-        return b"[" * 100_000 if rng.random() < 0.5 else b'{"raw":' * 100_000
-    value = damage_value(rng, json.loads(whole))
-    try:
-        return json.dumps(value).encode()
-    except (TypeError, ValueError):  # mixed keys
-        return damage_bytes(rng, whole)
-
-
-def damage_array(rng: np.random.Generator, whole: bytes) -> bytes:
-    """Damage an .npy file: its header as text, or bytes anywhere."""
-    if rng.random() < 0.5:
-        return damage_bytes(rng, whole)
-    length, = struct.unpack("<H", whole[8:10])
-    header = whole[10:10 + length]
-    olds = [b"(", b")", b",", b"'<f2'", b"'<f4'", b"False", b"'shape'", b"'descr'", b" ", b"{", b"}"]
-    news = [b"", b"(" * 3000, b"'O'", b"'V8'", b"'<U99999'", b"True", b"-1,", b"99999999999,", b"1e9", b"L,", b"'>f2'", b"'\\d'", b"None",
-            b"[('a','O')]",
-            b"__import__('os').system('x')", b"\xff", b"{}", b"5()", b"1_0", b"'" * 9]
-    for _ in range(int(rng.integers(1, 3))):
-        header = header.replace(olds[int(rng.integers(len(olds)))], news[int(rng.integers(len(news)))], int(rng.integers(1, 3)))
-    header = header[:60000]
-    return whole[:8] + struct.pack("<H", len(header)) + header + whole[10 + length:]
+    if rng.random() < 0.25:
+        return damage_bytes(rng, whole) if rng.random() < 0.9 else b'{"raw":' * 100_000
+    return json.dumps(damage_value(rng, json.loads(whole))).encode()
 
 
 class Harmful:
     """An object that runs a program when it is unpickled."""
 
-    def __init__(self, function, argument: str):
-        self.call = function, (argument,)
-
     def __reduce__(self):
-        return self.call
+        return os.system, ("touch now/harmed",)
 
 
 def damage_checkpoint(rng: np.random.Generator, whole: bytes) -> bytes:
-    """Damage a checkpoint: its bytes, its values, its pickle with the archive made anew around it, or its packing."""
-    what = rng.random()
+    """Damage a checkpoint's bytes, its values, or its pickle in an archive made anew around it."""
+    what, buffer = rng.random(), io.BytesIO()
     if what < 0.3:
         return damage_bytes(rng, whole)
     if what < 0.65:
         value = damage_value(rng, torch.load(io.BytesIO(whole), weights_only=True))
-        if rng.random() < 0.1 and isinstance(value, dict):
-            function = [os.system, eval, os.unlink, pickle.loads][int(rng.integers(4))]
-            value[str(rng.choice(["state", "decoder", "run", "x"]))] = Harmful(function, "touch harmed")
-        buffer = io.BytesIO()
-        with contextlib.suppress(Exception):  # a value that cannot be pickled; what is there then is damaged too
-            torch.save(value, buffer)
+        torch.save({"state": Harmful(), "format": 2} if what < 0.33 else value, buffer)
         return buffer.getvalue()
-    buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(whole)) as old, zipfile.ZipFile(buffer, "w") as new:
-        packing = zipfile.ZIP_DEFLATED if rng.random() < 0.1 else zipfile.ZIP_STORED
-        chosen = "data.pkl" if rng.random() < 0.8 else str(rng.choice(old.namelist())).rpartition("/")[2]
         for name in old.namelist():
             body = old.read(name)
-            new.writestr(name, damage_bytes(rng, body) if name.endswith(chosen) else body, packing)
+            packing = zipfile.ZIP_DEFLATED if rng.random() < 0.03 else zipfile.ZIP_STORED
+            chosen = name.endswith("data.pkl") or rng.random() < 0.05
+            new.writestr(name, damage_bytes(rng, body) if chosen else body, packing)
     return buffer.getvalue()
 
 
-# --- reading, as the scripts do ----------------------------------------------------------------
-
-
-def read_frame(file: Path) -> None:
-    """A frame: its size from the header, and its pixels."""
-    height, width = clips.image_size(file)
-    image = clips.read_image(file)
-    assert image.dtype == np.uint8 and image.shape == (height, width, 3), (image.dtype, image.shape)
-
-
-def read_mask(file: Path) -> None:
-    mask = clips.read_mask(file)
-    assert mask.dtype == bool and mask.shape == clips.image_size(file), (mask.dtype, mask.shape)
-
-
-def read_video(file: Path) -> None:
-    for image in clips.read_video(file):
-        assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3, image.shape
-
-
-def read_contest(file: Path) -> None:
-    """paths.json of a contest folder, and the frames it names."""
-    frames = clips.find_frames(file.parent)
-    for frame in frames:
-        assert file.parent in frame.image.parents
-        assert frame.annotation is None or file.parent in frame.annotation.parents
-    clips.check_frames(frames)
+def damage_array(rng: np.random.Generator, whole: bytes) -> bytes:
+    """Damage an .npy file: its header as text, or bytes anywhere."""
+    olds = [b"(", b")", b",", b"'<f2'", b"False", b"'shape'", b"'descr'", b" ", b"{", b"}"]
+    news = [b"", b"(" * 3000, b"'O'", b"'V8'", b"'<U9'", b"True", b"-1,", b"99999999999,", b"1e9", b"'>f2'",
+            b"None", b"[('a','O')]", b"__import__('os').system('x')", b"\xff", b"{}", b"5()", b"'" * 9]
+    old, new = olds[rng.integers(len(olds))], news[rng.integers(len(news))]
+    if rng.random() < 0.5:
+        return damage_bytes(rng, whole)
+    header = whole[10:128].replace(old, new, 1)
+    return whole[:8] + struct.pack("<H", len(header)) + header + whole[128:]
 
 
 def read_features(file: Path) -> None:
-    """A feature folder: checked, its paths, its arrays with their digests."""
     folder = data.open_features(file.parent)
-    root = file.parent / "clips"
-    assert all(root in frame.image.parents for frame in data.folder_frames(folder, root))
-    assert all(clips.is_name(name) for name in folder.meta["clips"])
-    for level in folder.files:
-        features = resident.load_features(folder, [level], CPU).levels[0]
-        assert features.shape == (folder.frames, *folder.meta["levels"][level]) and features.isfinite().all()
-    if folder.masks:
-        resident.load_masks(folder, CPU)
+    features = data.load_features(folder, labelled=bool(folder.meta["labelled"]))
+    assert features.levels[0].shape == (len(folder.meta["clips"]), *next(iter(folder.shapes.values())))
+    source = sources.open_folder(folder, Path("clips"), False, features.masks, 2)
+    assert all(Path("clips") in frame.image.parents for frame in source.frames)
 
 
-def read_array(file: Path) -> None:
-    """An array of a feature folder: with its digest it is refused or what it was; without, anything of the right shape and finite."""
-    folder = data.open_features(file.parent)
-    whole = file.with_name("whole").read_bytes()
-    try:
-        read_features(file)
-        assert file.read_bytes() == whole, "damage was not seen"
-    except BadInput:
-        assert file.read_bytes() != whole, "a whole array was refused"
-    features = resident.load_features(folder, list(folder.files), CPU, verify=False)
-    assert all(level.isfinite().all() for level in features.levels)
+def read_contest(file: Path) -> None:
+    source = sources.open_frames(file.parent, None, None, 2)
+    assert all(file.parent in frame.image.parents for frame in source.frames)
 
 
 def read_model(file: Path) -> None:
-    """A model: loaded, and run once."""
-    decoder, model = checkpoints.load_model(file)
-    levels = [torch.zeros(1, *shape) for shape in model["shapes"].values()]
-    assert sum(level.numel() for level in levels) < 1 << 24, "shapes that no frame has"
-    with torch.inference_mode():
-        probabilities = decoder.probabilities(decoder(levels).float())
-    assert probabilities.shape == (1, *model["size"])
+    decoder, model = models.load_model(file)
+    pixels = decoder.pixels(decoder([torch.zeros(1, *shape) for shape in model["shapes"].values()]))
+    assert pixels.shape == (1, *model["size"])
 
 
-def run_parts() -> tuple[dict, dict]:
-    """What train.py saves in last.pt: its parts, and its counters."""
-    decoder = models.make_decoder("linear", {"s32": (6, 7, 9)}, SIZE)
-    parts = {"decoder": decoder, "optimizer": Adam(decoder.parameters())}
-    return parts, {"step": 0, "best": -1.0, "since_best": 0, "total": torch.zeros(()), "count": 0}
+def resume(file: Path) -> None:
+    run_script("train", f"--resume={file.parent}", out=str(file.parent))
 
 
-def read_state(file: Path) -> None:
-    """The state of a run, put back."""
-    parts, state = run_parts()
-    runs.load_state(file.parent, parts, state, Group())
-    assert type(state["step"]) is int and type(state["best"]) is float and state["total"].shape == ()
+def pack(file: Path) -> None:
+    folder = "now/results" if Path("now/results").is_dir() else "results"
+    run_script("package", f"--results={folder}", "--out=now/sub.zip", "--overwrite", out="now/sub.zip")
 
 
-def read_args(file: Path) -> None:
-    """The arguments of a run, to repeat it."""
-    import train
-    args = train.parse_args(["--args", str(file)])
-    assert args.steps is None or args.steps > 0
+def read_frame(file: Path) -> None:
+    assert images.read_image(file).shape[:2] == images.image_size(file)
 
 
-def read_results(file: Path) -> None:
-    """A results folder, packaged when it breaks no rule."""
-    folder = file.parent.parent if file.parent.name == "outputs" else file.parent
-    names, broken = package.check(folder)
-    assert all(isinstance(rule, str) for rule in broken)
-    if broken:
-        raise BadInput(broken[0])
-    out = folder.parent / "out.zip"
-    package.write_zip(folder, names, out, overwrite=True)
-    with zipfile.ZipFile(out) as archive:
-        assert all(name in ("paths.json", "metadata.json") or (name.startswith("outputs/") and ".." not in name.split("/"))
-                   for name in archive.namelist())
+def read_mask(file: Path) -> None:
+    assert images.read_mask(file, images.decide_meaning([file])).dtype == bool
 
 
-# --- what is damaged ---------------------------------------------------------------------------
+# what is copied, which file of it is damaged, how, and how it is read
+KINDS = [
+    ("home", "picture.*", damage_png, read_frame), ("clips", "Annotations/*/*/*.png", damage_png, read_mask),
+    ("contest", "paths.json", damage_json, read_contest), ("features", "*.json", damage_json, read_features),
+    ("features", "*.json", damage_json, read_features), ("features", "*.npy", damage_array, read_features),
+    ("run", "model.pt", damage_checkpoint, read_model), ("run", "last.pt", damage_checkpoint, resume),
+    ("run", "args.json", damage_json, resume), ("run", "log.jsonl", damage_bytes, resume),
+    ("results", "*.json", damage_json, pack), ("results", "outputs/*.png", damage_png, pack),
+    ("sub.zip", "", damage_bytes, pack)]
 
 
-def make_kinds(root: Path) -> dict[str, Kind]:
-    """Write whole files of every kind below `root`."""
-    rng = np.random.default_rng(0)
-    frame = rng.integers(0, 256, (*SIZE, 3), np.uint8).repeat(2, 0)[:SIZE[0]]
-    grey = np.zeros(SIZE, np.uint8)
-    grey[10:30, 20:50] = 255
-    picture, mask = Image.fromarray(frame), Image.fromarray(grey)
-    images, masks, contest, results = (root / name for name in ("images", "masks", "contest", "results"))
-    for folder in (images, masks, contest / "ant", results / "outputs"):
-        folder.mkdir(parents=True)
-    for name, options in {"a.jpg": {}, "progressive.jpg": {"progressive": True}, "exif.jpg": {"exif": Image.Exif()}, "b.png": {},
-                          "c.webp": {"lossless": True}, "d.bmp": {}, "e.tif": {}, "lzw.tif": {"compression": "tiff_lzw"}}.items():
-        picture.save(images / name, **options)
-    for name, form in {"L": mask, "LA": mask.convert("LA"), "P": mask.convert("P"), "RGB": mask.convert("RGB"),
-                       "RGBA": mask.convert("RGBA"),
-                       "1": mask.convert("1"), "16": Image.fromarray(grey.astype(np.uint16)), "01": Image.fromarray(grey // 255)}.items():
-        form.save(masks / f"{name}.png")
-    picture.save(images / "walk.gif", save_all=True, append_images=[picture.rotate(90 * turn) for turn in range(3)])
-    paths: dict[str, dict[str, str]] = {"raw": {}, "annotation": {}}
-    for number in range(3):
-        picture.save(contest / f"ant/{number}.jpg")
-        mask.save(contest / f"ant/{number}.png")
-        paths["raw"][str(number)], paths["annotation"][str(number)] = f"ant/{number}.jpg", f"ant\\{number}.png"
-        mask.save(results / f"outputs/{number:05d}.png")
-    (contest / "paths.json").write_text(json.dumps(paths))
-    (results / "paths.json").write_text(json.dumps({"output": {str(number): f"outputs/{number:05d}.png" for number in range(3)}}))
-    (results / "metadata.json").write_text(json.dumps({"nparams": 1000, "frames": 3, "size": SIZE, "sizes": None, "decoder": "linear"}))
-    write_features(root / "features", {"ant": 3, "bee": 2}, size=SIZE, levels={"s32": (2, 2, 3), "s16": (2, 3, 4)}, dtype="float16",
-                   sizes=[SIZE] * 5)
-    write_features(root / "array", {"ant": 3}, size=SIZE, dtype="float32")
-    shutil.copy(root / "array/features.npy", root / "array/whole")
-    folder = data.open_features(root / "array")
-    for name in ("linear", "simple"):
-        decoder = models.make_decoder(name, {"s32": (6, 7, 9)}, SIZE)
-        (root / "models" / name).mkdir(parents=True)
-        checkpoints.save_model(root / "models" / name / "model.pt", checkpoints.describe(name, folder, ["s32"]), decoder)
-    parts, state = run_parts()
-    sum(parameter.sum() for parameter in parts["decoder"].parameters()).backward()
-    parts["optimizer"].step(1e-3)
-    (root / "run").mkdir()
-    runs.save_state(root / "run", parts, state)
-    (root / "run/log.jsonl").write_text("")
-    (root / "run/args.json").write_text(json.dumps({
-        "args": {"features": "features/x", "steps": 10, "lr": 0.1, "shuffle": False, "decoder": "linear", "no_pictures": True,
-                 "out": "runs/x"},
-        "features": {"features/x": {"features.npy": "00"}}}))
-    return {
-        "frame": Kind([file for file in images.iterdir() if file.suffix != ".gif"], damage_png, read_frame),
-        "mask": Kind(list(masks.iterdir()), damage_png, read_mask),
-        "video": Kind([images / "walk.gif"], damage_bytes, read_video),
-        "contest paths.json": Kind([contest / "paths.json"], damage_json, read_contest),
-        "meta.json": Kind([root / "features/meta.json"], damage_json, read_features),
-        "features paths.json": Kind([root / "features/paths.json"], damage_json, read_features),
-        "array": Kind([root / "array/features.npy"], damage_array, read_array),
-        "model.pt": Kind(sorted(root.glob("models/*/model.pt")), damage_checkpoint, read_model),
-        "last.pt": Kind([root / "run/last.pt"], damage_checkpoint, read_state),
-        "args.json": Kind([root / "run/args.json"], damage_json, read_args),
-        "metadata.json": Kind([results / "metadata.json"], damage_json, read_results),
-        "results paths.json": Kind([results / "paths.json"], damage_json, read_results),
-        "output": Kind([results / "outputs/00001.png"], damage_png, read_results),
-    }
-
-
-def crafted(kinds: dict[str, Kind]) -> Iterator[tuple[str, Path, bytes]]:
-    """Yield (kind, file, content) of inputs made by hand, each of which must be refused."""
-    frame = next(file for file in kinds["frame"].files if file.suffix == ".png")
-    for width, height in ((60000, 60000), (2**31 - 1, 2**31 - 1), (64_000_001, 1), (0, 0)):
-        header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
-        yield "frame", frame, b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(bytes(10**7))) + png_chunk(b"IEND", b"")
-    png = frame.read_bytes()
-    for kind in (b"zTXt", b"iCCP"):
-        yield "crafted text chunk", frame, png[:33] + png_chunk(kind, b"a\0\0" + zlib.compress(bytes(10**9 // 8))) + png[33:]
-    jpeg = next(file for file in kinds["frame"].files if file.name == "a.jpg")
-    content = jpeg.read_bytes()
-    at = content.index(b"\xff\xc0") + 5
-    yield "frame", jpeg, content[:at] + struct.pack(">HH", 65535, 65535) + content[at + 4:]
-    yield "frame", jpeg, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 60 40\n(touch harmed) system\n"
-    gif = kinds["video"].files[0]
-    content = gif.read_bytes()
-    yield "video", gif, content[:6] + struct.pack("<HH", 65535, 65535) + content[10:]
-    bomb = io.BytesIO()
-    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, body in (("a/data.pkl", b"\x80\x02}q\0."), ("a/version", b"3\n"), ("a/data/0", bytes(10**9))):
-            archive.writestr(name, body)
-    model, array = kinds["model.pt"].files[0], kinds["array"].files[0]
-    yield "model.pt", model, bomb.getvalue()
-    yield "model.pt", model, pickle.dumps({"decoder": Harmful(os.system, "touch harmed")})
-    whole = torch.load(model, weights_only=True)
-    for changes in ({"shapes": {"s32": [10**9, 1, 1]}}, {"size": [2**31, 2**31]}, {"size": [64_000_000, 1]}, {"shapes": {}},
-                    {"state": {key: torch.zeros(1).expand(10**6, 10**6) for key in whole["state"]}}, {"featurizer_flops": 10**400}):
-        buffer = io.BytesIO()
-        torch.save({**whole, **changes}, buffer)
-        yield "model.pt", model, buffer.getvalue()
-    for shape in ("(9999999999, 6, 7, 9)", "(3, 6, 7, 9)" + " " * 60000, "(3, 6, 7, 9), 'x': " + "(" * 20000):
-        header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}".encode()
-        yield "array", array, b"\x93NUMPY\x02\0" + struct.pack("<I", len(header)) + header
-    flipped = bytearray(array.read_bytes())
-    flipped[-1] ^= 1
-    yield "flipped bit", array, bytes(flipped)
-    paths = kinds["contest paths.json"].files[0]
-    for path in ("../images/b.png", "/etc/passwd", "ant/../../images/b.png", "..\\images\\b.png", "C:\\x.png", "\\\\host\\x.png",
-                 "ant/\ud800.png",
-                 "a/" * 3000 + "b.png", "a" * 300 + ".png", "", ".", "a.zip/../x.png", "ant/0.jpg\0.png"):
-        yield "contest paths.json", paths, json.dumps({"raw": {"0": path}}).encode()
-        yield "results paths.json", kinds["results paths.json"].files[0], json.dumps({"output": {"0": path}}).encode()
-    for text in (b"[" * 10**6, b'{"a":' * 10**6, b"NaN", b"1" * 10**6, b'{"raw": {"0": ' + b"9" * 5000 + b"}}", b"\xff\xfe{", b"",
-                 b"null", b'"\\ud800"'):
-        for kind in ("contest paths.json", "meta.json", "features paths.json", "metadata.json", "results paths.json", "args.json"):
-            yield kind, kinds[kind].files[0], text
-
-
-def read_flipped(file: Path) -> None:
-    """One flipped bit: --no-verify reads past it, and the digest does not."""
-    folder = data.open_features(file.parent)
-    resident.load_features(folder, list(folder.files), CPU, verify=False)
-    resident.load_features(folder, list(folder.files), CPU)
-
-
-# --- judging -----------------------------------------------------------------------------------
-
-
-class Guard:
-    """Watches what reading does: files opened outside the work folder, programs started, standard error, time, memory."""
-
-    def __init__(self, work: Path):
-        self.work, self.on, self.seen = str(work), False, []
-        installed = {str(Path(prefix).resolve()) for prefix in (sys.prefix, sys.base_prefix, ROOT)}
-        self.mine = (self.work, *installed, "/proc/", "/dev/null", "/sys/")
-        self.stderr = tempfile.TemporaryFile(dir=work)  # noqa: SIM115  for the life of the process
-        sys.addaudithook(self.note)
-
-    def note(self, event: str, arguments: tuple) -> None:
-        if not self.on:
-            return
-        if event in ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork", "socket.connect"):
-            self.seen.append(f"{event}{arguments!r}"[:200])
-        elif event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
-            path = os.path.realpath(os.fsdecode(arguments[0]))
-            if not path.startswith(self.mine):
-                self.seen.append(f"opened {path}"[:200])
-
-    def watch(self, read: Callable[[], object]) -> str:
-        """Return how reading ended: "read", "refused", or what was wrong."""
-        def late(number, frame):
-            raise TimeoutError(f"took more than {SECONDS} s")
-        self.seen.clear()
-        memory, written = peak(), os.fstat(self.stderr.fileno()).st_size
-        signal.signal(signal.SIGALRM, late)
-        before = os.dup(2)
-        sys.stderr.flush()
-        os.dup2(self.stderr.fileno(), 2)
-        self.on = True
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
-        try:
-            read()
-            outcome = "read"
-        except BadInput as error:
-            shown = one_line(str(error))
-            outcome = "refused" if shown and shown.isprintable() else f"an error without words: {error}"
-        except BaseException:  # whatever else it is, a user would see a traceback
-            outcome = traceback.format_exc()
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            self.on = False
-            sys.stderr.flush()
-            os.dup2(before, 2)
-            os.close(before)
-        if self.seen:
-            outcome = f"reached out: {self.seen}"
-        said = re.sub(LIBTIFF, b"", os.pread(self.stderr.fileno(), 10_000, written))
-        if said:
-            outcome = f"wrote to standard error: {said!r}"
-        if peak() > memory + MEMORY:
-            outcome = f"took {peak() - memory} MB"
-        if (Path(self.work) / "harmed").exists():
-            outcome = "ran code"
-        return outcome
-
-
-def peak() -> int:
-    """The most memory this process has held, MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-
-
-def read_damaged(kind: Kind, file: Path, content: bytes, guard: Guard) -> str:
-    """Put `content` in the place of `file`, read it, put the whole one back; return how it ended."""
+def damaged(rng: np.random.Generator) -> None:
+    """A file of some kind with damaged bytes or values; an array with damage is never read."""
+    source, pattern, damage, reader = KINDS[rng.integers(len(KINDS))]
+    place = Path("now", source)
+    if pattern:
+        shutil.copytree(source, place)
+    else:
+        shutil.copy(source, place)
+    files = sorted(place.glob(pattern)) if pattern else [place]
+    file = files[rng.integers(len(files))]
     whole = file.read_bytes()
-    try:
-        file.write_bytes(content)
-        return guard.watch(lambda: kind.read(file))
-    finally:
-        file.write_bytes(whole)
+    file.write_bytes(content := damage(rng, whole))
+    expect(content == whole if file.suffix == ".npy" else None, reader, file)
 
 
-def make_input(kinds: dict[str, Kind], seed: int, number: int) -> tuple[str, Path, bytes]:
-    """Return (kind, file, content) of the damaged input `number`."""
-    rng = np.random.default_rng([seed, number])
-    name = list(kinds)[number % len(kinds)]
-    kind = kinds[name]
-    file = kind.files[int(rng.integers(len(kind.files)))]
-    return name, file, kind.damage(rng, file.read_bytes())
+# --- the command -------------------------------------------------------------------------------
+
+FAMILIES = {"flags": flags, "outputs": outputs, "layouts": layouts, "encodings": encodings,
+            "videos": videos, "damaged": damaged}
+MIX = [*FAMILIES, "damaged", "damaged", "encodings", "layouts"]
 
 
-def read_chunk(inputs: Iterator[tuple[str, str, Path, bytes]], kinds: dict[str, Kind], work: Path,
-               failures: Path) -> Iterator[tuple[str, str, float]]:
-    """Read (label, kind, file, content) inputs; yield each one's kind, outcome and seconds. Failures are kept."""
-    guard = Guard(work)
-    os.chdir(work)
-    for label, name, file, content in inputs:
-        (work / "now").write_text(f"{label} {name}")
-        started = time.perf_counter()
-        kind = kinds.get(name) or Kind([], damage_bytes, read_flipped if name == "flipped bit" else read_frame)
-        outcome = read_damaged(kind, file, content, guard)
-        if outcome == "read" and label.startswith("crafted") and name != "crafted text chunk":
-            outcome = "read, though it should be refused"
-        if outcome not in ("read", "refused"):
-            failures.mkdir(parents=True, exist_ok=True)
-            (failures / f"{label}-{file.name}").write_bytes(content)
-            (failures / f"{label}-{file.name}.txt").write_text(f"{name}\n{outcome}\n")
-        yield name, outcome, time.perf_counter() - started
-
-
-def in_child(work: Callable[[], Iterator[tuple]]) -> tuple[list[tuple], int]:
-    """Run a generator in a forked process; return what it yielded, and the signal that ended it (0: none)."""
-    read_end, write_end = os.pipe()
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            with os.fdopen(write_end, "w") as pipe:
-                for row in work():
-                    pipe.write(json.dumps(row) + "\n")
-                    pipe.flush()
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    os.close(write_end)
-    with os.fdopen(read_end) as pipe:
-        rows = [json.loads(line) for line in pipe]
-    _, status = os.waitpid(child, 0)
-    return rows, status
+def read_inputs(seed: int, numbers: list[int], log: Path, failures: Path) -> None:
+    """Read inputs, in a child process; a line of `log` says how each ended. Failures are kept."""
+    os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
+    errors = tempfile.TemporaryFile()  # noqa: SIM115  for the life of the process
+    os.dup2(errors.fileno(), 2)
+    sys.addaudithook(note)
+    with open(log, "w") as lines:
+        for number in numbers:
+            started = time.perf_counter()
+            faulthandler.dump_traceback_later(SECONDS, exit=True, file=lines)
+            name = MIX[number % len(MIX)]
+            outcome = judge(FAMILIES[name], np.random.default_rng([seed, number]))
+            if outcome not in ("right", "refused"):
+                with contextlib.suppress(shutil.Error):  # a pipe is not copied
+                    shutil.copytree("now", failures / f"{seed}-{number}", symlinks=True, dirs_exist_ok=True)
+                (failures / f"{seed}-{number}.txt").write_text(outcome)
+            row = number, name, outcome, time.perf_counter() - started
+            print(json.dumps(row), file=lines, flush=True)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=10_000, help="damaged inputs, besides the crafted ones (default: 10000)")
-    parser.add_argument("--seed", type=int, default=0, help="of the damage (default: 0)")
-    parser.add_argument("--only", type=int, default=None, metavar="N", help="read this one input, and show how it ended")
-    parser.add_argument("--failures", type=Path, default=Path("fuzz-failures"),
-                        help="where to keep inputs that fail (default: fuzz-failures)")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", type=int, help="read this one input")
+    parser.add_argument("--failures", type=Path, default=Path("fuzz-failures"))
     args = parser.parse_args()
-    torch.set_num_threads(1)
     failures = args.failures.resolve()
-    counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
-    slowest, failed, started = 0.0, 0, time.perf_counter()
-    with tempfile.TemporaryDirectory() as temporary:
-        work = Path(temporary).resolve()
-        kinds = make_kinds(work)
-
-        def damaged(numbers) -> Iterator[tuple[str, str, Path, bytes]]:
-            return ((f"{args.seed}-{number}", *make_input(kinds, args.seed, number)) for number in numbers)
-        chunks = [lambda: ((f"crafted-{number}", *item) for number, item in enumerate(crafted(kinds)))]
-        chunks += [lambda first=first: damaged(range(first, min(first + CHUNK, args.count))) for first in range(0, args.count, CHUNK)]
-        if args.only is not None:
-            chunks = [lambda: damaged([args.only])]
-        for chunk in chunks:
-            rows, status = in_child(lambda: read_chunk(chunk(), kinds, work, failures))  # noqa: B023  called before the next turn
-            for name, outcome, seconds in rows:
-                good = outcome in ("read", "refused")
-                counts[name][outcome if good else "FAILED"] += 1
-                slowest, failed = max(slowest, seconds), failed + (not good)
-                if not good:
-                    print(f"{name}: {outcome}")
+    numbers = list(range(args.count)) if args.only is None else [args.only]
+    counts = collections.defaultdict(collections.Counter)
+    started, rows = time.perf_counter(), []
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "This process .* is multi-threaded")
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=memory) as temporary:
+        log = Path(temporary).resolve() / "log"
+        world = log.with_name("world")
+        world.mkdir()
+        os.chdir(world)
+        os.environ["HOME"], tempfile.tempdir = str(world / "home"), str(world / "now")
+        make_world()
+        while numbers:
+            pid, part = os.fork(), numbers[:250]
+            if not pid:
+                try:
+                    read_inputs(args.seed, part, log, failures)
+                    os._exit(0)
+                except BaseException:
+                    log.write_text(traceback.format_exc())
+                finally:
+                    os._exit(1)
+            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            lines = log.read_text().splitlines()
+            done = [json.loads(line) for line in lines if line.startswith("[")]
             if status:
-                failed += 1
-                print(f"a child process ended with status {status} while reading {(work / 'now').read_text()}")
-    print(f"{'kind':<24}{'inputs':>9}{'refused':>9}{'read':>9}{'FAILED':>9}")
+                number = part[len(done)]
+                said = "\n".join(lines[len(done):])
+                done.append([number, MIX[number % len(MIX)], f"ended with {status} {said}", 0.0])
+            rows += done
+            numbers = numbers[len(done):]
+    for number, name, outcome, _ in rows:
+        fine = outcome in ("right", "refused")
+        counts[name][outcome if fine else "FAILED"] += 1
+        if not fine:
+            print(f"--- {number} {name}: {outcome}")
+    print(f"{'family':<12}{'inputs':>9}{'refused':>9}{'right':>9}{'FAILED':>9}")
     for name, row in [*counts.items(), ("all", sum(counts.values(), collections.Counter()))]:
-        print(f"{name:<24}{sum(row.values()):>9}{row['refused']:>9}{row['read']:>9}{row['FAILED']:>9}")
-    print(f"seed {args.seed}: {failed} failed; slowest {slowest:.1f} s; {time.perf_counter() - started:.0f} s in all"
-          + (f"; kept in {failures}" if failed else ""))
-    return 1 if failed else 0
+        print(f"{name:<12}{row.total():>9}{row['refused']:>9}{row['right']:>9}{row['FAILED']:>9}")
+    print(f"seed {args.seed}: slowest {max(row[3] for row in rows):.1f} s; "
+          f"{time.perf_counter() - started:.0f} s in all")
+    return int(any(row["FAILED"] for row in counts.values()))
 
 
 if __name__ == "__main__":

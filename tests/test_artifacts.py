@@ -31,7 +31,6 @@ def test_features_go_up_and_come_down_the_same(tmp_path, server):
         (tmp_path / "features" / name).write_bytes(data)
     with tracking.start("online", "featurize", {}, []) as run:
         tracking.log_features(run, tmp_path / "features", "alexnet", "train", {})
-
     folder, used = tracking.fetch("wandb:alexnet-featurized-train:latest", "disabled")
     assert used == f"{ENTITY}/davis/alexnet-featurized-train:v0"
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == given
@@ -87,12 +86,10 @@ def test_what_is_not_there_or_cannot_be_kept(server, tmp_path, monkeypatch):
 
 def test_a_tampered_download_is_refused(server):
     artifact = server.publish("linear", "trained-model", MODEL)
-    key = f"blob/{artifact['id']}/final_model"
-    server.files[key] = b"changed"  # the same size, so that only the digest can tell
+    server.files[f"blob/{artifact['id']}/final_model"] = b"changed"  # the same size
     with pytest.raises(BadInput, match=r"not in the cache .*igest mismatch.*final_model"):
         fetch_model()
-    home = tracking.cached(f"{ENTITY}/davis/linear")
-    assert list(home.iterdir()) == []  # nothing half-fetched is left
+    assert list(tracking.cached(f"{ENTITY}/davis/linear").iterdir()) == []  # nor half of it kept
 
 
 @pytest.mark.parametrize("path", ["../evil", "/evil", "..\\evil", "C:\\evil"])

@@ -2,7 +2,6 @@
 import argparse
 import itertools
 import json
-import os
 import threading
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vos import clips, images, video, views
+from vos import clips, images, masks, video, views
 from vos.clips import Frame, find_frames
 from vos.inputs import BadInput
 
@@ -89,8 +88,8 @@ def test_folders_of_one_name_are_two_clips(tmp_path):
 
 
 @pytest.mark.parametrize("raw, annotation, words", [
-    ({"0": "a/0.jpg", "1": "a/1.jpg"}, {"0": "a.png"}, "2 frames but 1 annotations"),
-    ({}, None, "no frames"),
+    ({"0": "a/0.jpg", "1": "a/1.jpg"}, {"0": "a.png"}, r"2 frames \(raw\) but 1 annotations"),
+    ({}, None, "0 frames"),
     ({"0": "../a.jpg"}, None, "no path in its folder"),
     ({"0": "a.jpg"}, {"0": "C:a.jpg"}, "no path in its folder"),
     ({"0": "a/0.jpg", "1": "a/0.jpg"}, None, "2 times"),
@@ -117,10 +116,6 @@ def test_names_that_cannot_name_results_are_refused(tmp_path, name):
     write(tmp_path / f"good/{name}.png")
     with pytest.raises(BadInput, match="expected names"):
         find_frames(tmp_path / "good")
-    (tmp_path / "good").rename(tmp_path / name)
-    (tmp_path / name / f"{name}.png").rename(tmp_path / name / "0.png")
-    with pytest.raises(BadInput, match="expected names"):
-        find_frames(tmp_path / name)
 
 
 def test_what_holds_no_frames_is_refused(tmp_path):
@@ -139,13 +134,15 @@ def test_masks_are_paired_by_clip_and_frame(tmp_path):
     assert [frame.annotation for frame in frames] == [None, None, None, mask]
     one = find_frames(tmp_path / "frames/b", masks=tmp_path / "masks/b")  # one clip needs no folder
     assert [frame.annotation for frame in one] == [None, mask]
-    for stray, words in (("b/7.png", "fits no frame;"), ("b/1.bmp", "one with a mask"),
-                         ("0.png", "fits no frame;")):
+    for stray, words in (("b/7.png", r"7\.png: fits no frame; .*a/0\.png"),
+                         ("b/1.bmp", "masks: clip 'b', frame '1', 2 times")):
         file = write(tmp_path / "masks" / stray)
-        with pytest.raises(BadInput, match=words) as caught:
+        with pytest.raises(BadInput, match=words):
             find_frames(tmp_path / "frames", masks=tmp_path / "masks")
-        assert "masks" in str(caught.value) and "<clip>/<frame>.png" in str(caught.value)
         file.unlink()
+    video.write_video(tmp_path / "b.gif", [np.zeros((32, 40, 3), np.uint8)] * 2, 10, "gif")
+    with pytest.raises(BadInput, match=r"b\.gif: expected a folder"):
+        find_frames(tmp_path / "frames/b", masks=tmp_path / "b.gif")
     mask.unlink()
     for folder in ("masks", "gone"):
         with pytest.raises(BadInput, match=folder):
@@ -178,26 +175,17 @@ def test_a_mask_has_the_size_of_its_frame_as_shown(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
 @pytest.mark.parametrize("share", [0, 0.3, 0.97])
-def test_cut_frame_is_named_before_long_work(tmp_path, suffix, share):
+def test_cut_file_is_named_before_long_work(tmp_path, suffix, share):
     file = tmp_path / f"0{suffix}"
-    noise = np.random.default_rng(0).integers(0, 255, (64, 80, 3), dtype=np.uint8)
-    images.write_image(file, noise)
+    images.write_image(file, np.random.default_rng(0).integers(0, 255, (64, 80), dtype=np.uint8))
     whole = file.read_bytes()
     file.write_bytes(whole + bytes(200))  # bytes behind the end do no harm
-    assert clips.check_frames([Frame("a", "0", file)]) == [(64, 80)]
-    file.write_bytes(whole[:int(len(whole) * share)])
     other = write(tmp_path / "1.png", 0, (64, 80))
+    assert clips.check_frames([Frame("a", "0", file, other)]) == [(64, 80)]
+    file.write_bytes(whole[:int(len(whole) * share)])
     for frame in (Frame("a", "0", file), Frame("a", "0", other, file)):
         with pytest.raises(BadInput, match=rf"0\{suffix}: cannot be decoded"):
             clips.check_frames([frame])
-
-
-def test_a_pipe_among_the_frames_is_not_waited_for(tmp_path):
-    write(tmp_path / "0.png")
-    os.mkfifo(tmp_path / "1.png")
-    frames = find_frames(tmp_path)
-    with pytest.raises(BadInput, match=r"1\.png: is no regular file"):
-        clips.check_frames(frames)
 
 
 def test_a_video_is_read_forwards_with_gaps_views_and_masks(tmp_path):
@@ -212,7 +200,7 @@ def test_a_video_is_read_forwards_with_gaps_views_and_masks(tmp_path):
     read = list(clips.read_images(wanted))
     assert [image[0, 0, 0] // 20 for image in read] == [3, 4, 9, 0, 0, 2]
     assert [image.shape[:2] for image in read] == [(48, 64)] * 3 + [(24, 32)] * 3
-    packed = list(clips.read_packed_masks(frames, images.decide_meaning([mask]), (48, 64)))
+    packed = list(clips.read_packed_masks(frames, masks.decide_meaning([mask]), (48, 64)))
     assert [bits.any() for bits in packed] == [frame.annotation is not None for frame in frames]
     with pytest.raises(BadInput, match=r"walk\.gif: is shorter.* frame 10"):
         list(clips.read_images([frames[0]._replace(number=10)]))
@@ -225,7 +213,7 @@ def test_packed_masks_are_viewed_and_resized_to_the_nearest_pixel(tmp_path):
     for number, mask in enumerate(masks):
         Image.fromarray(mask).save(tmp_path / f"{number}.png")
         frames.append(Frame("a", str(number), tmp_path, tmp_path / f"{number}.png", view="mirror"))
-    meaning = images.decide_meaning([frame.annotation for frame in frames])
+    meaning = masks.decide_meaning([frame.annotation for frame in frames])
     for mask, bits in zip(masks, clips.read_packed_masks(frames, meaning, (20, 30)), strict=True):
         assert bits.dtype == np.uint8 and bits.shape == (20, 4)
         rows = ((np.arange(20) + 0.5) * mask.shape[0] / 20).astype(int)

@@ -9,9 +9,9 @@ from vos import cues
 
 
 def make_moving_clip(frames: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a panning background of random features, with an object that moves its own way; a mask.
+    """Return a panning background of random features with an object that moves its own way.
 
-    [T, 12, 16, 24] and bool [T, 16, 24].
+    Its level [T, 12, 16, 24] and mask, bool [T, 16, 24].
     """
     draw = torch.Generator().manual_seed(0)
     coarse = torch.randn(1, 12, 10, 24, generator=draw)
@@ -59,7 +59,8 @@ def test_an_object_that_moves_its_own_way_stands_out():
 
 @pytest.mark.parametrize("level", [
     make_moving_clip(1)[0], make_moving_clip(3)[0], torch.zeros(5, 3, 7, 9),
-    torch.randn(2, 3, 1, 1), make_moving_clip(1)[0].expand(6, -1, -1, -1)], ids=["1 frame", "3", "nothing", "1x1", "static"])
+    torch.randn(2, 3, 1, 1), make_moving_clip(1)[0].expand(6, -1, -1, -1)],
+    ids=["1 frame", "3", "nothing", "1x1", "static"])
 def test_short_static_and_tiny_clips_have_cues_too(level):
     assert cues.clip_cues(level).isfinite().all()
 

@@ -47,7 +47,6 @@ def test_two_processes_have_the_losses_of_one(features, tmp_path, batch):
     for key, tolerance in (("step", 0), ("loss", 1e-5), ("lr", 1e-9), ("val_iou", 1e-2)):
         np.testing.assert_allclose([row[key] for row in two], [row[key] for row in one],
                                    rtol=tolerance)
-    assert len({row["loss"] for row in one}) == 8  # or the line above would say little
     assert tree(tmp_path / "two").keys() == tree(tmp_path / "one").keys()  # one of them wrote
     assert done.out.count("wrote ") == 1 and done.out.count("steps of") == 1
 

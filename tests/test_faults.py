@@ -1,5 +1,4 @@
 """Whole or not at all, for every script: kills at writes, full disks, two at once, user's files."""
-import os
 import resource
 import shutil
 import signal
@@ -10,14 +9,13 @@ import imageio.v3 as iio
 import pytest
 import torch
 from forking import at_write, end, forked, stopped_at
-from helpers import SCRIPTS, call, ok, tree, write_davis
+from helpers import call, ok, tree, write_davis
 
 from vos.inputs import read_json
 
 OUT = {"vos.sample": "davis", "featurize": "features", "train": "run", "evaluate": "results",
        "package": "results.zip"}
 NOT_THE_SAME = {"args.json", "curves.svg", "report.html", "last.pt"}  # hold the command or the time
-assert set(OUT) == set(SCRIPTS)
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +56,11 @@ def same(name: str, out: Path, whole: Path) -> None:
     here, there = (path / OUT[name] for path in (out, whole))
     if here.is_file():
         assert here.read_bytes() == there.read_bytes()
-        return
-    here, there = tree(here), tree(there)
+    here, there = tree(here), tree(there)  # empty for a file
     assert here.keys() == there.keys()
     assert {path for path in here if here[path] != there[path]} <= NOT_THE_SAME
     if name == "train":  # the same state, but pickled from what was loaded
-        states = [str(torch.load(path / "run/last.pt")) for path in (out, whole)]
-        assert states[0] == states[1]
+        assert len({str(torch.load(path / "run/last.pt")) for path in (out, whole)}) == 1
 
 
 def check_whole(name: str, out: Path, whole: Path) -> None:
@@ -79,9 +75,6 @@ def check_whole(name: str, out: Path, whole: Path) -> None:
                    ".svg": lambda file: file.read_text().index("</svg>")}
         for file in place.rglob("[!.]*.*"):
             readers[file.suffix](file)
-
-
-# --- a kill at any write -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", OUT)
@@ -115,22 +108,16 @@ def test_a_kill_while_replacing_leaves_the_old_or_the_new(name, whole, tmp_path)
         (out / OUT[name] / "outputs").mkdir(parents=True)
         for file in ("meta.json", "paths.json", "metadata.json"):
             (out / OUT[name] / file).write_text("old")
-        before = set(tree(out / OUT[name]))
+        before, new = (set(tree(path / OUT[name])) for path in (out, whole))
         flags = (*flags_of(name, whole, out), "--overwrite")
         result = forked(name, *flags, prepare=at_write(out, number, signal.SIGKILL))
         found = set(tree(out / OUT[name]))
-        new = set(tree(whole / OUT[name]))
         assert found in (set(), before, new), found  # gone only between two renames
         states.add("new" if found == new else "old")
-        if found == set():
-            assert {"old", *new} & {path.name for path in out.rglob("*")}
         shutil.rmtree(out)
         if result.status == 0:
             break
     assert states == {"old", "new"}
-
-
-# --- a disk that fills -------------------------------------------------------------------------
 
 
 def says_where(result, name: str, out: Path) -> None:
@@ -161,12 +148,10 @@ def test_a_full_disk_is_one_line_and_nothing_half_written(name, whole, tmp_path)
 
 @pytest.mark.parametrize("name", ["featurize", "train", "evaluate"])
 def test_a_small_disk_that_fills(name, whole, tmp_path):
-    if os.geteuid() != 0 or not shutil.which("mount"):
-        pytest.skip("a small disk can only be mounted by root")
     tmpfs = ["mount", "-t", "tmpfs", "-o", "size=8192", "none", tmp_path]  # two pages
     done = subprocess.run(tmpfs, capture_output=True, text=True)
     if done.returncode:
-        pytest.skip(f"mounts are not allowed here: {done.stderr.strip()}")
+        pytest.skip(f"a small disk can only be mounted by root: {done.stderr.strip()}")
     try:
         says_where(forked(name, *flags_of(name, whole, tmp_path)), name, tmp_path)
         check_whole(name, tmp_path, whole)
@@ -175,9 +160,6 @@ def test_a_small_disk_that_fills(name, whole, tmp_path):
         same(name, tmp_path, whole)
     finally:
         subprocess.run(["umount", tmp_path], check=True)
-
-
-# --- two at once, and files of the user ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", OUT)

@@ -4,9 +4,8 @@ import subprocess
 import sys
 
 import fuzz
-from helpers import QUIET, ROOT
-
 from files import BadInput
+from helpers import QUIET, ROOT
 
 
 def test_damaged_inputs_are_refused_or_read_right(tmp_path):

@@ -1,13 +1,11 @@
 """images.py: a frame as a viewer shows it, and what every kind of mask means."""
 import os
-import struct
-import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from vos import images
+from vos import images, masks
 from vos.inputs import BadInput
 
 OBJECT = np.zeros((5, 11), bool)
@@ -52,36 +50,18 @@ def test_cmyk_and_alpha_and_palette_become_rgb(tmp_path):
         assert difference.max(axis=2)[4:12, 4:20].max() <= tolerance, name
 
 
-def test_deep_pixels_are_scaled_by_their_range_or_refused(tmp_path):
-    sixteen = np.array([[0, 257, 30000, 65535]], np.uint16)
-    Image.fromarray(sixteen).save(tmp_path / "a.png")
-    Image.fromarray(sixteen).save(tmp_path / "b.tif")
-    Image.fromarray((sixteen / 65535).astype(np.float32)).save(tmp_path / "c.tif")
-    for name in ("a.png", "b.tif", "c.tif"):
-        frame = images.read_image(tmp_path / name)
-        assert frame.shape == (1, 4, 3) and frame[0, :, 1].tolist() == [0, 1, 117, 255]
-    for number, pixels in enumerate((np.float32([[0, 7]]), np.int32([[0, 7]]))):
-        Image.fromarray(pixels).save(tmp_path / f"{number}.tif")
-        with pytest.raises(BadInput, match=rf"{number}\.tif.*expected"):
+def test_deep_grey_which_would_be_clipped_is_refused(tmp_path):
+    for number, kind in enumerate((np.uint16, np.int32, np.float32)):
+        Image.fromarray(np.array([[0, 7]], kind)).save(tmp_path / f"{number}.tif")
+        with pytest.raises(BadInput, match=rf"{number}\.tif: has pixels of mode .*expected"):
             images.read_image(tmp_path / f"{number}.tif")
 
 
-def grey_png(width: int, height: int, bits: int, rows: bytes) -> bytes:
-    """The bytes of a grey PNG of 1 to 16 bits a pixel."""
-    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
-    png = b"\x89PNG\r\n\x1a\n"
-    for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
-        check = struct.pack(">I", zlib.crc32(kind + data))
-        png += struct.pack(">I", len(data)) + kind + data + check
-    return png
-
-
 def test_decompression_bomb_is_refused_by_its_header(tmp_path):
-    for side in (9_000, 60_000):  # Pillow itself refuses the second alone
-        (tmp_path / "bomb.png").write_bytes(grey_png(side, side, 8, bytes(1000)))
-        for read in (images.read_image, images.image_size, images.mask_values):
-            with pytest.raises(BadInput, match=r"bomb\.png.*(at most|bomb)"):
-                read(tmp_path / "bomb.png")
+    Image.new("1", (9_000, 9_000)).save(tmp_path / "bomb.png")
+    for read in (images.read_image, masks.mask_values):
+        with pytest.raises(BadInput, match=r"bomb\.png: is 9000 x 9000; .* at most"):
+            read(tmp_path / "bomb.png")
 
 
 def test_what_is_no_image_file_is_named_and_not_waited_for(tmp_path):
@@ -90,10 +70,9 @@ def test_what_is_no_image_file_is_named_and_not_waited_for(tmp_path):
     (tmp_path / "script.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     (tmp_path / "empty.jpg").touch()
     for name in ("pipe.jpg", "folder.jpg", "script.jpg", "empty.jpg", "gone.jpg"):
-        for read in (images.read_image, images.image_size, images.mask_values):
-            with pytest.raises(BadInput, match=name) as caught:
+        for read in (images.read_image, masks.mask_values):
+            with pytest.raises(BadInput, match=rf"^.*{name}.*\Z"):  # in one line
                 read(tmp_path / name)
-            assert "\n" not in str(caught.value)
 
 
 def palette(indices: np.ndarray, colours: list[int]) -> Image.Image:
@@ -154,10 +133,10 @@ def test_every_kind_of_mask(tmp_path, kind):
     files = save(tmp_path, pictures)
     empty = tmp_path / "empty.png"
     Image.new(pictures[0].mode, OBJECT.shape[::-1]).save(empty)
-    meaning = images.decide_meaning([*files, empty])
-    assert not images.read_mask(empty, meaning).any()
+    meaning = masks.decide_meaning([*files, empty])
+    assert not masks.read_mask(empty, meaning).any()
     for file in files:
-        mask = images.read_mask(file, meaning)
+        mask = masks.read_mask(file, meaning)
         assert mask.dtype == bool
         np.testing.assert_array_equal(mask, OBJECT)
     assert ("void" in str(meaning)) == (kind == "void") and "\n" not in str(meaning)
@@ -172,28 +151,15 @@ REFUSED = {
     "alpha of black": ([Image.fromarray(np.dstack([GREY * 0] * 3 + [GREY * 255]))], "alpha"),
     "16 bits": ([Image.fromarray(GREY.astype(np.uint16) * 65535)], "8-bit"),
     "cmyk": ([quarters(COLOURS).convert("CMYK")], "mode CMYK"),
+    "blurred colours": ([Image.fromarray(colour(200, 0, 0))], "mode RGB in a JPEG"),
 }
+SUFFIXES = {"cmyk": "tif", "blurred colours": "jpg"}
 
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_masks_that_may_mean_two_things_are_refused(tmp_path, kind):
     pictures, words = REFUSED[kind]
-    files = save(tmp_path, pictures, "tif" if kind == "cmyk" else "png")
+    files = save(tmp_path, pictures, SUFFIXES.get(kind, "png"))
     with pytest.raises(BadInput, match=words) as caught:
-        images.decide_meaning(files)
+        masks.decide_meaning(files)
     assert str(tmp_path) in str(caught.value)
-
-
-def test_colour_masks_in_a_jpeg_and_grey_of_4_bits_are_refused(tmp_path):
-    Image.fromarray(colour(200, 0, 0)).save(tmp_path / "mask.jpg")
-    for bits in (2, 4):
-        (tmp_path / f"{bits}.png").write_bytes(grey_png(4, 1, bits, b"\0\x0f\x8f"))
-    for name in ("mask.jpg", "2.png", "4.png"):
-        with pytest.raises(BadInput, match=name):
-            images.decide_meaning([tmp_path / name])
-
-
-def test_a_mask_of_a_kind_that_was_not_looked_at_is_refused(tmp_path):
-    files = save(tmp_path, [Image.fromarray(GREY), Image.fromarray(colour(9, 0, 0))])
-    with pytest.raises(BadInput, match=r"1\.png: a mask of another kind"):
-        images.read_mask(files[1], images.decide_meaning(files[:1]))

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import call, log_of, ok, tree, write_davis, write_features
+from helpers import call, log_of, ok, write_davis, write_features
 
 import data
 from vos import featurizers
@@ -25,7 +25,7 @@ def test_what_does_not_fit_is_read_from_disk_unasked_and_trains_the_same(tmp_pat
 
 @pytest.fixture
 def limited(monkeypatch):
-    """A featurizer that runs out of memory for more frames than `limit`; sizes that it was given."""
+    """A featurizer that runs out of memory above a number of frames; the numbers it was given."""
     forward, sizes = featurizers.Featurizer.forward, []
 
     def limit(most: int) -> list[int]:
@@ -63,8 +63,7 @@ def test_what_cannot_fit_is_said_in_one_line_with_the_way_out(tmp_path, limited,
     def starve(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
     monkeypatch.setattr(torch.optim.Adam, "step", starve)
-    before = tree(tmp_path)
     result = call(name, *flags, "--out", tmp_path / "out")
     assert result.status == 2 and result.err.count("\n") == 1, result
     assert "out of memory" in result.err and "pass smaller frames" in result.err
-    assert name == "train" or tree(tmp_path) == before | {path: None for path in ()}
+    assert name == "train" or not (tmp_path / "out").exists()

@@ -1,8 +1,9 @@
 """vos/outputs.py, the one door for what is written: what it refuses, replaces, keeps and locks."""
+import contextlib
 import os
+import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,9 @@ PLACES = {  # what --out names, in the folder `world`: words of the refusal
 
 
 def write_files(folder: Path, names: list[str]) -> Path:
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text("mine")
+    for file in (folder / name for name in names):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("mine")
     return folder
 
 
@@ -37,9 +38,9 @@ def make(out: Path, kind: str = "run", overwrite: bool = True, inputs=(), keep=F
     if kind == "submission":
         with outputs.new_file(out, kind, overwrite, inputs) as file:
             file.write_text("new")
-    else:
-        with outputs.new_folder(out, kind, overwrite, inputs, keep) as folder:
-            (folder / "new").write_text("new")
+        return
+    with outputs.new_folder(out, kind, overwrite, inputs, keep) as folder:
+        (folder / "new").write_text("new")
 
 
 @pytest.fixture
@@ -47,9 +48,8 @@ def world(tmp_path, monkeypatch):
     """The current folder, with a user's things in it."""
     here = write_files(tmp_path / "above/here", ["home/x", "data/x", "shelf/in/put", "file"])
     (here / "empty").mkdir()
-    links = {"link": "empty", "dangling": "none", "circle": "circle", "~": "home"}
-    for name, target in links.items():
-        (here / name).symlink_to(target)
+    for link in ("link empty", "dangling none", "circle circle", "~ home"):
+        os.symlink(link.split()[1], here / link.split()[0])
     os.mkfifo(here / "pipe")
     monkeypatch.setenv("HOME", str(here / "~"))
     monkeypatch.chdir(here)
@@ -58,10 +58,10 @@ def world(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: ascii(place)[:20])
 def test_what_may_never_be_written_is_refused(world, place):
-    before = tree(world)
+    before, inputs = tree(world), [Path("data"), Path("shelf/in/put")]
     for kind in ("run", "submission"):
         with pytest.raises(BadInput) as error:
-            make(Path(place), kind, inputs=[Path("data"), Path("shelf/in/put")])
+            make(Path(place), kind, inputs=inputs)
         assert PLACES[place] in str(error.value) and "\n" not in str(error.value)
     assert tree(world) == before
 
@@ -79,55 +79,43 @@ def test_a_link_at_a_temporary_name_is_never_followed(suffix, keep, tmp_path):
     home = write_files(tmp_path / "home", ["thesis"])
     link = tmp_path / f".run.vos-{suffix}"
     link.symlink_to("home/thesis" if suffix == "lock" else "home")
-    try:
+    with contextlib.suppress(BadInput):
         make(tmp_path / "run", keep=keep)
-    except BadInput as error:
-        assert "run: " in str(error)
     assert (home / "thesis").read_text() == "mine" and set(tree(home)) == {"thesis"}
-
-
-# --- --overwrite -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_overwrite_replaces_its_own_kind_alone(kind, tmp_path):
     for found, names in {**KINDS, "theirs": ["thesis"]}.items():
         out = write_files(tmp_path / found, names)
-        with pytest.raises(BadInput, match=r"is there already; pass --overwrite"):
+        before = tree(out)
+        with pytest.raises(BadInput, match="is there already; pass --overwrite"):
             make(out, kind, overwrite=False)
         if found != kind:
-            before = tree(out)
-            with pytest.raises(BadInput, match=f"(?s){min(os.listdir(out))}.*remove it yourself"):
+            with pytest.raises(BadInput, match=f"{min(os.listdir(out))}.*remove it yourself"):
                 make(out, kind)
             assert tree(out) == before
     make(tmp_path / kind, kind)
-    (tmp_path / "empty").mkdir()
-    make(tmp_path / "empty", kind, overwrite=False)
-    assert set(tree(tmp_path / kind)) == set(tree(tmp_path / "empty")) == {"new"}
+    assert set(tree(tmp_path / kind)) == {"new"}
 
 
 def test_a_zip_is_replaced_by_a_zip_of_a_submission_alone(tmp_path):
     write_files(tmp_path, ["text"])
-    for out, names in {"theirs": ["photo.png"], "own": ["paths.json", "metadata.json"]}.items():
-        with zipfile.ZipFile(tmp_path / out, "w") as archive:
-            [archive.writestr(name, "{}") for name in names]
-    before = tree(tmp_path)
-    for out in ("theirs", "text"):
-        with pytest.raises(BadInput, match="remove it yourself"):
-            make(tmp_path / out, "submission")
-    assert tree(tmp_path) == before
+    write_files(tmp_path / "folder", ["paths.json", "metadata.json"])
+    os.rename(shutil.make_archive(tmp_path / "x", "zip", tmp_path / "folder"), tmp_path / "own")
+    with pytest.raises(BadInput, match="remove it yourself"):
+        make(tmp_path / "text", "submission")
     make(tmp_path / "own", "submission")
-    assert (tmp_path / "own").read_text() == "new"
+    assert [(tmp_path / name).read_text() for name in ("text", "own")] == ["mine", "new"]
 
 
 def test_what_is_replaced_stays_until_the_new_is_whole(tmp_path):
     out = write_files(tmp_path / "run", KINDS["run"])
-    before = tree(out)
-    with pytest.raises(ZeroDivisionError), outputs.new_folder(out, "run", overwrite=True) as folder:
+    before = tree(tmp_path)
+    with pytest.raises(ZeroDivisionError), outputs.new_folder(out, "run", True) as folder:
         (folder / "new").write_text("half")
-        assert tree(out) == before
         raise ZeroDivisionError
-    assert tree(out) == before and list(tmp_path.iterdir()) == [out]
+    assert tree(tmp_path) == before
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -137,16 +125,14 @@ def test_what_was_made_is_kept_when_the_place_was_taken_meanwhile(tmp_path, keep
         with outputs.new_folder(out, "features", overwrite=True, keep=keep) as folder:
             (folder / "new").write_text("finished")
             write_files(out, ["thesis"])
-    assert f"kept in {folder}" in str(error.value) and "thesis" in str(error.value)
+    assert str(folder) in str(error.value)
     assert (folder / "new").read_text() == "finished" and (out / "thesis").read_text() == "mine"
 
 
 def test_one_lock_for_one_output_which_a_kill_gives_back(tmp_path):
-    hold = ("import sys, vos.outputs as o\n"
-            "with o.locked(o.Path(sys.argv[1])): print(flush=True), input()")
-    out = tmp_path / "new" / "run"
-    holder = subprocess.Popen([sys.executable, "-c", hold, out], cwd=ROOT, stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE)
+    hold = "import sys, vos.outputs as o\nwith o.locked(o.Path(sys.argv[1])): print(), input()"
+    out, pipe = tmp_path / "new" / "run", {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    holder = subprocess.Popen([sys.executable, "-u", "-c", hold, out], cwd=ROOT, **pipe)
     assert holder.stdout.readline()
     for kind in ("run", "features", "submission"):  # whichever script holds it
         with pytest.raises(BadInput, match="another process is writing it"):
@@ -155,17 +141,14 @@ def test_one_lock_for_one_output_which_a_kill_gives_back(tmp_path):
     holder.kill()
     holder.communicate()
     make(out)
-    assert set(tree(tmp_path)) == {"new", "new/run", "new/run/new"}
+    assert set(tree(out.parent)) == {"run", "run/new"}
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path):
-    file = tmp_path / "value.json"
-    outputs.write_json(file, {"a": 1})
-    with pytest.raises(ValueError):
-        outputs.write_json(file, float("nan"))
-    with pytest.raises(ZeroDivisionError), outputs.whole_file(file) as temporary:
+    outputs.write_text(tmp_path / "a", "old")
+    with pytest.raises(ZeroDivisionError), outputs.whole_file(tmp_path / "a") as temporary:
         temporary.write_text("half")
         raise ZeroDivisionError
     with pytest.raises(outputs.CannotWrite, match="none/x: cannot be written"):
         outputs.write_text(tmp_path / "none/x", "")
-    assert file.read_text() == '{\n "a": 1\n}\n' and list(tmp_path.iterdir()) == [file]
+    assert (tmp_path / "a").read_text() == "old" and list(tmp_path.iterdir()) == [tmp_path / "a"]

@@ -1,8 +1,8 @@
 """Faithful to the contest's notebook, on real clips: its losses, its score, every frame's scores.
 
-Needs ../shared (DAVIS clips, AlexNet's weights, what the notebook gave). Featurizing the 1629 frames
-takes minutes, so it is done once: the features are kept in the user's cache folder, and each run
-featurizes some of the frames again, to hold the kept ones to the code as it is now.
+Needs ../shared (DAVIS clips, AlexNet's weights, what the notebook gave). Featurizing takes minutes
+and is done once: features are kept in the user's cache folder, and each run featurizes some frames
+again, to hold the kept ones to the code as it is now.
 """
 import csv
 import fcntl
@@ -57,11 +57,13 @@ def test_kept_features_are_those_of_the_code_as_it_is(features):
         rows = list(zip(folder.meta["clips"], folder.meta["names"]))
         assert [(frame.clip, frame.name) for frame in frames] == rows
         assert len(frames) == {"train": 1209, "val": 420}[split]
-        array, masks = (np.load(path / name, mmap_mode="r") for name in ("features.npy", "masks.npy"))
+        array = np.load(path / "features.npy", mmap_mode="r")
+        masks = np.load(path / "masks.npy", mmap_mode="r")
         meaning = images.decide_meaning([frame.annotation for frame in frames[11::200]], 1)
         for index in range(11, len(frames), 200):
             image = images.read_image(frames[index].image)
-            level, = featurizers.run_featurizer(featurizer, [image], (480, 854), torch.device("cpu"))
+            level, = featurizers.run_featurizer(featurizer, [image], (480, 854),
+                                                torch.device("cpu"))
             np.testing.assert_allclose(array[index], level[0].numpy(), rtol=1e-3, atol=1e-4)
             packed = clips.read_packed_masks([frames[index]], meaning, (480, 854), 1)
             np.testing.assert_array_equal(masks[index], next(iter(packed)))
@@ -100,8 +102,8 @@ def test_the_score_is_the_notebooks(trained, features, notebook, tmp_path):
 
 
 def test_the_notebooks_own_masks_have_its_scores(notebook, tmp_path):
-    ok(call("evaluate", "--predictions", REFERENCE / "notebook-val", "--data", DAVIS, "--split", "val",
-            "--no-pictures", "--out", tmp_path / "results"))
+    ok(call("evaluate", "--predictions", REFERENCE / "notebook-val", "--data", DAVIS, "--split",
+            "val", "--no-pictures", "--out", tmp_path / "results"))
     for row, theirs in zip(rows_of(tmp_path / "results"), notebook["frames"], strict=True):
         assert f"{row['clip']}/{row['frame']}.png" in theirs["annotation"]
         for ours, name in (("iou", "contest_iou"), ("J", "J"), ("F", "F")):

@@ -45,7 +45,7 @@ def test_a_coarse_mask_snaps_to_the_frames_edge(size):
 def test_adapting_changes_a_copy_and_repeats_itself(tmp_path):
     write_features(tmp_path / "f", {"cat": 9}, cued=True)
     features = data.load_features(data.open_features(tmp_path / "f"), cues=True)
-    decoder = models.make_decoder("temporal", features.folder).eval()
+    decoder = models.Temporal(features.folder.shapes, features.folder.size).eval()
     decoder.adapt_steps = 5
     with torch.no_grad():
         decoder.output.weight.mul_(40)  # sure of itself somewhere

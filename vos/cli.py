@@ -1,11 +1,7 @@
 """What every script's command line shares: its flags, its device, and how it fails.
 
-A script's last lines are
-
-    if __name__ == "__main__":
-        sys.exit(run(main))
-
-so that bad input ends in one line on standard error and exit status 2, without a traceback.
+A script ends with `sys.exit(run(main))` under `if __name__ == "__main__"`, so that bad input ends
+in one line on standard error and exit status 2, without a traceback.
 """
 import argparse
 import contextlib
@@ -24,11 +20,9 @@ from tqdm import tqdm
 from vos.inputs import BadInput
 from vos.outputs import Stopped
 
-# --- flags -------------------------------------------------------------------------------------
-
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that keeps the docstring's line breaks and raises BadInput for bad flags."""
+    """A parser that keeps the docstring's line breaks and raises BadInput for bad flags."""
 
     def __init__(self, doc: str | None):
         super().__init__(description=doc, allow_abbrev=False,
@@ -52,25 +46,20 @@ def add_run_flags(parser: argparse.ArgumentParser, computes: bool = True) -> Non
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
-def number(low: float, high: float) -> Callable[[str], float]:
-    """Return an argparse type: a number from `low` to `high`, both included."""
-    def parse(text: str) -> float:
+def number(low: float, high: float, kind: type = float) -> Callable:
+    """Return an argparse type: a number of `kind` from `low` to `high`, both included."""
+    def parse(text: str):
         with contextlib.suppress(ValueError):
-            if low <= float(text) <= high:  # false for NaN
-                return float(text)
-        raise argparse.ArgumentTypeError(f"expected a number from {low:g} to {high:g}, found {text}")
+            if low <= kind(text) <= high:  # false for NaN
+                return kind(text)
+        what = "whole number" if kind is int else "number"
+        raise argparse.ArgumentTypeError(f"expected a {what} from {low} to {high}, found {text}")
     return parse
 
 
-def count(most: int, least: int = 1) -> Callable[[str], int]:
+def count(most: int, least: int = 1) -> Callable:
     """Return an argparse type: a whole number from `least` to `most`."""
-    def parse(text: str) -> int:
-        with contextlib.suppress(ValueError):
-            if least <= int(text) <= most:
-                return int(text)
-        raise argparse.ArgumentTypeError(f"expected a whole number from {least} to {most}, found "
-                                         f"{text}")
-    return parse
+    return number(least, most, int)
 
 
 def parse_levels(text: str) -> list[str]:
@@ -88,8 +77,7 @@ def parse_level(level: str) -> tuple[str, float]:
         pixels, value = int(stride.removeprefix("s")), float(scale) if at else 1.0
         if stride[:1] == "s" and 0 < pixels <= 4096 and 0.1 <= value <= 4:
             return f"s{pixels}", value
-    raise BadInput(f"level {level!r}: expected a stride such as s16, or s16@0.5 for the frame at half "
-                   "its size")
+    raise BadInput(f"level {level!r}: expected a stride such as s16, or s16@0.5 at half the size")
 
 
 def level_name(stride: str, scale: float) -> str:
@@ -103,14 +91,11 @@ def level_stride(level: str) -> float:
     return int(stride[1:]) / scale
 
 
-# --- device and display ------------------------------------------------------------------------
-
-
 def choose_device(name: str) -> torch.device:
     """Return the device named by --device. Raises BadInput for one this machine does not have."""
     if name == "auto":
         found = torch.accelerator.current_accelerator(check_available=True)
-        return found if found is not None and found.type in ("cuda", "mps") else torch.device("cpu")
+        return found if found and found.type in ("cuda", "mps") else torch.device("cpu")
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -146,9 +131,6 @@ def quote(path: Path | str) -> str:
     return shlex.quote(str(path))
 
 
-# --- Weights & Biases, imported only when asked for ----------------------------------------------
-
-
 def wandb_mode(flag: str | None) -> str:
     """Return where to log: what --wandb says, else WANDB_MODE or a sweep's agent, else disabled."""
     if flag is None and not {"WANDB_MODE", "WANDB_SWEEP_ID"} & os.environ.keys():
@@ -159,7 +141,7 @@ def wandb_mode(flag: str | None) -> str:
 
 
 def fetch(source: str | None, mode: str, used: list[str]) -> Path | None:
-    """Return the local path of `source`: a path, or "wandb:...", whose full name is added to `used`."""
+    """Return `source` as a path; of a "wandb:...", fetched, the full name is added to `used`."""
     if source is None or not source.startswith("wandb:"):
         return None if source is None else Path(source)
     from vos import tracking
@@ -176,15 +158,8 @@ def tracked(mode: str, job: str, config: dict, used: list[str]):
     return tracking.start(mode, job, config, used)
 
 
-# --- how a script ends ---------------------------------------------------------------------------
-
-
 def keep_freed_memory() -> None:
-    """Have glibc keep freed memory instead of handing it back to the system.
-
-    PyTorch on the CPU frees and takes large blocks in every layer, each time paying for fresh pages: a
-    tenth of AlexNet's time and a quarter of EfficientNet-Lite0's.
-    """
+    """Have glibc keep freed memory, which saves a tenth of AlexNet's time, a quarter of Lite0's."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
@@ -193,7 +168,6 @@ def keep_freed_memory() -> None:
 
 def run(main: Callable[[], int | None]) -> int:
     """Call `main`; return its status, or 2 with one line on standard error for bad input."""
-    script = os.path.basename(sys.argv[0])
     keep_freed_memory()
     for stream in (sys.stdout, sys.stderr):  # a terminal that knows only ASCII
         if hasattr(stream, "reconfigure"):
@@ -203,9 +177,6 @@ def run(main: Callable[[], int | None]) -> int:
     except BrokenPipeError:  # the reader of our output (head, less) went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
-    except FloatingPointError as error:  # a training that diverged
-        complain(f"{script}: {error}")
-        return 1
     except (BadInput, OSError, ValueError, ArithmeticError, MemoryError, torch.OutOfMemoryError,
             torch.linalg.LinAlgError) as error:
         if "--debug" in sys.argv:
@@ -215,11 +186,11 @@ def run(main: Callable[[], int | None]) -> int:
         text = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, MemoryError | torch.OutOfMemoryError):
             text = f"out of memory ({text}); pass smaller frames, fewer levels or --resident disk"
-        complain(f"{script}: {text}")
-        return 2
+        status = 1 if isinstance(error, FloatingPointError) else 2  # a training that diverged
     except Stopped as stopped:
-        complain(f"{script}: {stopped}")
-        return 128 + stopped.signal
+        signal, text = stopped.args
+        status = 128 + signal
     except KeyboardInterrupt:
-        complain(f"{script}: interrupted")
-        return 130
+        status, text = 130, "interrupted"
+    complain(f"{os.path.basename(sys.argv[0])}: {text}")
+    return status

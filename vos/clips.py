@@ -1,9 +1,8 @@
 """Clips on disk: frames and masks in every layout people have, checked, and read in order."""
 import itertools
-import math
 import os
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,8 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from vos.images import IMAGES, Meaning, image_size, mask_values, read_image, read_mask
+from vos.images import IMAGES, image_size, read_image
 from vos.inputs import BadInput, inside, is_name, opened, read_paths
+from vos.masks import Meaning, mask_values, read_mask
 from vos.video import VIDEOS, read_video
 from vos.views import show
 
@@ -46,8 +46,8 @@ def find_frames(data: Path, split: str | None = None, masks: Path | None = None)
     elif (data / "JPEGImages").is_dir() or (data / "ImageSets").is_dir():
         frames = find_davis(data, split)
     else:
-        folders = [path for path in listing(data) if path.is_dir() and images_in(path)]
-        images = [image for folder in folders or [data] for image in images_in(folder)]
+        folders = sorted(filter(Path.is_dir, data.iterdir()), key=natural)
+        images = [image for folder in folders for image in images_in(folder)] or images_in(data)
         frames = make_frames(data, images, [None] * len(images))
     if not frames:
         raise BadInput(f"{data}: holds no frames; expected at least one")
@@ -63,8 +63,7 @@ def find_davis(root: Path, split: str | None) -> list[Frame]:
     """Return one split of a DAVIS root, from 2016's lists (frames) or 2017's (clip names)."""
     lists = {file.stem: file for file in sorted(root.glob("ImageSets/*/*.txt"))}  # 480p is last
     if split not in lists:
-        raise BadInput(f"{root}: no split {split!r} in ImageSets; there are: "
-                       f"{', '.join(sorted(lists)) or 'none'}")
+        raise BadInput(f"{root}: no split {split!r}; there are: {', '.join(sorted(lists))}")
     file = lists[split]
     with opened(file, limit=1 << 28) as stream:
         lines = stream.read().decode("utf-8", "surrogateescape").splitlines()
@@ -111,12 +110,14 @@ def make_frames(root: Path, images: list[Path], annotations: Iterable[Path | Non
 
 def pair_masks(frames: list[Frame], folder: Path) -> list[Frame]:
     """Return the frames with the masks in `folder`, by clip and frame name."""
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: expected a folder of masks")
     masks = find_frames(folder)
     if masks[0].image.parent == folder and len({frame.clip for frame in frames}) == 1:
         masks = [mask._replace(clip=frames[0].clip) for mask in masks]
     names = {frame[:2] for frame in frames}
     for mask in masks:
-        if mask[:2] not in names or mask.number is not None:
+        if mask[:2] not in names:
             raise BadInput(f"{mask.image}: fits no frame; expected masks called "
                            f"<clip>/<frame>.png, such as {'/'.join(frames[0][:2])}.png")
 
@@ -126,16 +127,13 @@ def pair_masks(frames: list[Frame], folder: Path) -> list[Frame]:
 
 def images_in(folder: Path) -> list[Path]:
     """Return the image files of a folder, frame2 before frame10."""
-    return [path for path in listing(folder)
+    return [path for path in sorted(folder.iterdir(), key=natural)
             if path.suffix.lower() in IMAGES and not path.name.startswith(".")]
 
 
-def listing(folder: Path) -> list[Path]:
-    """Return what a folder holds, numbers in the names in numeric order."""
-    def natural(path: Path) -> list:
-        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
-
-    return sorted(folder.iterdir(), key=natural)
+def natural(path: Path) -> list:
+    """Return a key that sorts paths by name, numbers in numeric order."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
 
 
 def check_frames(frames: list[Frame], threads: int = 4) -> list[tuple[int, int]]:
@@ -169,43 +167,45 @@ def read_images(frames: list[Frame], threads: int = 2) -> Iterator[np.ndarray]:
 
 def read_video_frames(frames: list[Frame]) -> Iterator[np.ndarray]:
     """Yield frames of one video; each view of a clip has it decoded from the start."""
-    position = math.inf
+    position = 1 << 62  # of the frame that `images` yields next
     for frame in frames:
-        if frame.number < position:
+        number = frame.number or 0
+        if number < position:
             images, position = read_video(frame.image), 0
-        image = next(itertools.islice(images, frame.number - position, None), None)
+        image = next(itertools.islice(images, number - position, None), None)
         if image is None:
-            raise BadInput(f"{frame.image}: is shorter than it was; expected frame {frame.number}")
-        position = frame.number + 1
+            raise BadInput(f"{frame.image}: is shorter than it was; expected frame {number}")
+        position = number + 1
         yield show(image, frame.view)
 
 
 def read_packed_masks(frames: list[Frame], meaning: Meaning, size: tuple[int, int],
                       threads: int = 2) -> Iterator[np.ndarray]:
-    """Yield every frame's mask, or its view, as np.packbits along W: uint8 [H, ceil(W / 8)].
-
-    Masks are resized (nearest) to `size` = (H, W); an unlabelled frame gives zeros.
-    """
+    """Yield masks, or their views, resized (nearest) to `size` = (H, W), as np.packbits along W."""
     def read(frame: Frame) -> np.ndarray:
         mask = np.zeros(size, bool)
         if frame.annotation is not None:
-            image = Image.fromarray(show(read_mask(frame.annotation, meaning), frame.view))
-            mask = np.array(image.resize(size[::-1], Image.Resampling.NEAREST))
+            mask = resize(show(read_mask(frame.annotation, meaning), frame.view), size)
         return np.packbits(mask, axis=1)
 
     return in_threads(read, frames, threads)
 
 
+def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize to `size` = (H, W): uint8 bilinear, bool to the nearest pixel."""
+    if pixels.shape[:2] == tuple(size):
+        return pixels
+    method = Image.Resampling.NEAREST if pixels.dtype == bool else Image.Resampling.BILINEAR
+    return np.array(Image.fromarray(pixels).resize(size[::-1], method))
+
+
 def in_threads(work: Callable, items: Iterable, threads: int, ahead: int = 64) -> Iterator:
     """Yield work(item) for each item in order; threads run at most `ahead` items early."""
-    items = iter(items)
+    waiting: deque = deque()
     with ThreadPoolExecutor(threads) as pool:
-        waiting = [pool.submit(work, item) for item in itertools.islice(items, ahead)]
-        try:
-            while waiting:
-                result = waiting.pop(0).result()
-                waiting += [pool.submit(work, item) for item in itertools.islice(items, 1)]
-                yield result
-        finally:
-            for future in waiting:
-                future.cancel()
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) == ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

@@ -62,7 +62,9 @@ def aligned_change(level: torch.Tensor) -> torch.Tensor:
     frames, channels, height, width = level.shape
     x = (level - level.mean((0, 2, 3), keepdim=True)).permute(0, 2, 3, 1)  # [T, h, w, C]
     flat = x.reshape(-1, channels)
-    directions = torch.linalg.eigh(flat.T @ flat / len(flat)).eigenvectors[:, -KEPT:]
+    covariance = flat.T @ flat / len(flat)
+    covariance += 1e-6 * torch.eye(channels, device=x.device)  # where nothing differs
+    directions = torch.linalg.eigh(covariance).eigenvectors[:, -KEPT:]
     x = F.normalize(x @ directions, dim=3)
 
     spectra = torch.fft.rfft2(x, s=(2 * height, 2 * width), dim=(1, 2))

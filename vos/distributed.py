@@ -1,9 +1,9 @@
-"""Several processes on one job, as torchrun starts them; without it, a group of one that costs nothing.
+"""Several processes on one job, as torchrun starts them; without it, a group of one.
 
     torchrun --nproc-per-node 2 train.py --features features/alexnet-train
 
-Every process holds all features and takes its share of each batch. PyTorch's own package averages the
-gradients: nccl on CUDA devices, gloo elsewhere.
+Every process holds all features and takes its share of each batch. PyTorch's own package averages
+the gradients: nccl on CUDA devices, gloo elsewhere.
 """
 import atexit
 import os
@@ -47,7 +47,7 @@ ALONE = Group()
 
 
 def join(device: torch.device) -> tuple[Group, torch.device]:
-    """Join the group that torchrun's environment names, or be one alone; return it and the device.
+    """Join the group of torchrun's environment, or be one alone; return it, and its device.
 
     On CUDA each process takes the device of its local rank. Raises BadInput when there are fewer.
     """
@@ -56,7 +56,7 @@ def join(device: torch.device) -> tuple[Group, torch.device]:
         return ALONE, device
     if device.type == "cuda":
         if local >= torch.cuda.device_count():
-            raise BadInput(f"process {local} has no device of its own; start fewer, or pass --device cpu")
+            raise BadInput(f"process {local} has no device; start fewer, or pass --device cpu")
         device = torch.device(device.type, local)
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

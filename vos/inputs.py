@@ -1,4 +1,4 @@
-"""Everything the scripts read that people give them: one opener, and what is wrong said in one line."""
+"""Everything the scripts read that people give them: one opener, and one line for what is wrong."""
 import contextlib
 import hashlib
 import json
@@ -17,23 +17,19 @@ class BadInput(Exception):
 
 @contextlib.contextmanager
 def opened(path: Path, limit: int | None = None) -> Iterator[IO[bytes]]:
-    """Open a regular file of at most `limit` bytes; a pipe or a device is refused, not waited for.
-
-    Raises BadInput for what is missing, may not be read, is too long, or is no regular file.
-    """
+    """Open a regular file of at most `limit` bytes. BadInput for another, a pipe say, at once."""
     try:
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        state = os.stat(path)
+        if not stat.S_ISREG(state.st_mode):
+            raise BadInput(f"{path}: is no regular file; expected a file, not a folder or a pipe")
+        if limit is not None and state.st_size > limit:
+            raise BadInput(f"{path}: has {state.st_size:,} bytes; expected at most {limit:,}")
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe put there now
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
         missing = isinstance(error, FileNotFoundError)
         reason = "no such file" if missing else f"cannot be opened ({error})"
         raise BadInput(f"{path}: {reason}; expected a file that can be read") from error
-    state = os.fstat(handle)
-    if not stat.S_ISREG(state.st_mode):
-        os.close(handle)
-        raise BadInput(f"{path}: is no regular file; expected a file, not a folder or a pipe")
     with os.fdopen(handle, "rb") as file:
-        if limit is not None and state.st_size > limit:
-            raise BadInput(f"{path}: has {state.st_size:,} bytes; expected at most {limit:,}")
         yield file
 
 
@@ -46,24 +42,22 @@ def read_json(path: Path):
         try:
             return json.loads(file.read().decode("utf-8"), parse_constant=refuse)
         except (OSError, ValueError, RecursionError) as error:
-            raise BadInput(f"{path}: expected a JSON file, found something else ({error})") from error
+            raise BadInput(f"{path}: expected a JSON file, found {error}") from error
 
 
 def read_paths(file: Path) -> dict[str, list[str]]:
-    """Read a paths.json: {column: {"0": path, ...}} -> {column: paths in order}. Raises BadInput."""
+    """Read {column: {"0": path, ...}} as {column: paths in order}. Raises BadInput."""
     table = read_json(file)
-    try:
+    with contextlib.suppress(AttributeError, KeyError, TypeError):
         columns = {name: [column[str(index)] for index in range(len(column))]
                    for name, column in table.items()}
         if all(isinstance(path, str) for paths in columns.values() for path in paths):
             return columns
-    except (AttributeError, KeyError, TypeError):
-        pass
     raise BadInput(f'{file}: expected {{"column": {{"0": path, "1": path, ...}}}}, each key once')
 
 
 def inside(root: Path, path: str, listed_in: Path) -> Path:
-    """Return `root / path`, backslashes read as slashes. Raises BadInput when that leaves `root`."""
+    """Return `root / path`, backslashes read as slashes. Raises BadInput when it leaves `root`."""
     parts = PurePosixPath(path.replace("\\", "/")).parts
     if not parts or len(path) > 2000 or not all(map(is_name, parts)):
         raise BadInput(f"{listed_in}: {path[:200]!r} is no path in its folder; expected a relative "
@@ -72,10 +66,7 @@ def inside(root: Path, path: str, listed_in: Path) -> Path:
 
 
 def is_name(text) -> bool:
-    """Say whether `text` can name a file or folder everywhere: no path, and nothing hidden in it.
-
-    At most 200 bytes of UTF-8, since results are called by it with something added.
-    """
+    """Say whether `text` can name a file everywhere: no path, nothing hidden, at most 200 bytes."""
     if not isinstance(text, str) or text in ("", ".", "..") or set(text) & set("/\\:"):
         return False
     return text.isprintable() and len(text.encode("utf-8", "replace")) <= 200

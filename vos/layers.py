@@ -8,11 +8,13 @@ from torch import nn
 
 
 class Block(nn.Module):
-    """x + ReLU(GroupNorm(3x3 convolution of x)), [B, C, h, w] to the same; dilation sees further."""
+    """x + ReLU(GroupNorm(3x3 convolution of x)), [B, C, h, w] to the same; dilation sees
+    further."""
 
     def __init__(self, channels: int, dilation: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=dilation, dilation=dilation, bias=False)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=dilation, dilation=dilation,
+                              bias=False)
         self.norm = nn.GroupNorm(8, channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -20,10 +22,10 @@ class Block(nn.Module):
 
 
 class Standardise(nn.Module):
-    """Subtract each channel's mean and divide by its standard deviation, both set by `fit_standardise`.
+    """Subtract each channel's mean, divide by its standard deviation; both set by
+    `fit_standardise`.
 
-    keep: of the standardised channels, only the first so many principal components; 0 for all channels
-    as they are.
+    keep: then only the first so many principal components; 0 for all channels as they are.
     """
 
     def __init__(self, channels: int, keep: int = 0):
@@ -47,7 +49,7 @@ def fit_standardise(norms: nn.ModuleList, features) -> None:
     for number, norm in enumerate(norms):
         count, total, products = 0, 0, 0
         for part in chosen.split(16):
-            level = features.batch(part)[number]
+            level = features.levels[number][part].to(features.device).float()
             values = level.permute(0, 2, 3, 1).reshape(-1, level.shape[1])  # [positions, C]
             count += len(values)
             total = total + values.sum(0)
@@ -63,13 +65,11 @@ def fit_standardise(norms: nn.ModuleList, features) -> None:
 
 
 def principal_directions(covariance: torch.Tensor, count: int) -> torch.Tensor:
-    """Return the first principal directions of [C, C], scaled by one number: [count, C].
-
-    The components then have a mean variance of 1. Signs are fixed, or machines would differ.
-    """
+    """Return the first directions of [C, C], [count, C], scaled so that mean variance becomes 1."""
+    covariance = covariance + 1e-6 * torch.eye(len(covariance), device=covariance.device)
     variances, vectors = torch.linalg.eigh(covariance)  # by rising variance
     variances, directions = variances.flip(0)[:count], vectors.flip(1).T[:count]
-    signs = torch.sign(directions.sum(1, keepdim=True))
+    signs = torch.sign(directions.sum(1, keepdim=True))  # fixed, or machines would differ
     return directions * signs / variances.mean().sqrt()
 
 
@@ -79,15 +79,16 @@ def mirror(x: torch.Tensor) -> torch.Tensor:
 
 
 def pooling(cells: int, pixels: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return adaptive average pooling of `cells` values up to `pixels`, as AdaptiveAvgPool1d has it.
+    """Return adaptive average pooling of `cells` values up to `pixels`, as AdaptiveAvgPool1d has
+    it.
 
-    Pixel i is the mean of the cells from floor(i * cells / pixels) up to ceil((i + 1) * cells / pixels).
-    Returns the distinct means as a matrix float32 [groups, cells], and each pixel's group, int64 [pixels].
+    Pixel i is the mean of the cells from floor(i * cells / pixels) to ceil((i + 1) * cells /
+    pixels). Returns the distinct means, float32 [groups, cells], and each pixel's group, int64
+    [pixels].
     """
-    pixel = torch.arange(pixels)
+    pixel, cell = torch.arange(pixels), torch.arange(cells)
     bounds = torch.stack([pixel * cells // pixels, -(-(pixel + 1) * cells // pixels)], 1)
     bounds, group = torch.unique_consecutive(bounds, dim=0, return_inverse=True)
-    cell = torch.arange(cells)
     chosen = ((cell >= bounds[:, :1]) & (cell < bounds[:, 1:])).float()
     return chosen / chosen.sum(1, keepdim=True), group
 
@@ -98,13 +99,10 @@ def count_parameters(module: nn.Module) -> int:
 
 
 @torch.no_grad()
-def count_flops(module: nn.Module, shapes: list[tuple[int, ...]]) -> int:
-    """Return the floating-point operations for one frame, a multiply-add as two.
-
-    module takes a list of inputs; shapes: of each, without the batch.
-    """
+def count_flops(module: nn.Module, inputs: list[torch.Tensor]) -> int:
+    """Return the floating-point operations of a module on a list of inputs, a multiply-add as
+    two."""
     from torch.utils.flop_counter import FlopCounterMode
-    device = next(module.parameters()).device
     with FlopCounterMode(display=False) as counter:
-        module.eval()([torch.zeros(1, *shape, device=device) for shape in shapes])
+        module.eval()(inputs)
     return counter.get_total_flops()

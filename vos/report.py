@@ -1,7 +1,4 @@
-"""The report: one HTML page that shows how well a model segments clips, and where it does not.
-
-It is report.html, filled in. Pictures, style and script are in the page; videos lie beside it.
-"""
+"""The report: report.html, filled in; it shows how well a model segments clips, and where not."""
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
@@ -11,9 +8,8 @@ from urllib.parse import quote
 import numpy as np
 
 from vos.outputs import write_text
-from vos.pictures import chart, jpeg_uri, known, shrink
+from vos.pictures import chart, jpeg_uri, known
 
-PICTURE_SIDE = 480  # pixels, the longest side: three pictures a clip come to about 0.1 MB
 COLUMNS = ("mean_iou", "J_mean", "J_decay", "F_mean", "F_decay")  # of the table of clips
 
 
@@ -23,11 +19,12 @@ def write_report(path: Path, title: str, scores: dict | None, rows: Sequence[dic
     """Write the report, whole or not at all. Raises CannotWrite.
 
     scores: what scores.json holds; None without annotations. rows: a dict a frame of `index`,
-    `clip`, `frame`, and of scored frames `iou`, `J` and `F`, which may be None or NaN. picture:
-    gives a frame's overlay by its index, uint8 [H, W, 3]; asked for at most three frames a clip.
-    facts: what else to know. videos: GIF or MP4 files, relative to the page. curve: an SVG.
+    `clip`, `frame`, and `iou`, `J` and `F` or None. picture: gives a frame's overlay by its index,
+    uint8 [H, W, 3]. videos: GIF or MP4 files, relative to the page. curve: an SVG.
     """
-    clips = group_by_clip(rows)
+    clips: dict[str, list[dict]] = {}
+    for row in rows:
+        clips.setdefault(row["clip"], []).append(row)
     summary = scores or {"per_clip": {}}
     template = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
     write_text(path, template.substitute(
@@ -45,14 +42,6 @@ def write_report(path: Path, title: str, scores: dict | None, rows: Sequence[dic
         facts="\n".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>"
                         for name, value in facts.items()),
     ))
-
-
-def group_by_clip(rows: Sequence[dict]) -> dict[str, list[dict]]:
-    """Return the rows of each clip, clips and rows in the order they come."""
-    clips: dict[str, list[dict]] = {}
-    for row in rows:
-        clips.setdefault(row["clip"], []).append(row)
-    return clips
 
 
 def number(value: float | None) -> str:
@@ -80,27 +69,24 @@ def clip_row(clip: str, scores: dict, rows: Sequence[dict]) -> str:
 
 
 def choose_frames(rows: Sequence[dict]) -> list[tuple[str, dict]]:
-    """Return (word, row) of a clip's worst, median and best frame by IoU, else first, middle, last.
-
-    Frames with nothing to find and nothing found have no IoU. A short clip yields fewer.
-    """
+    """Return (word, row) of a clip's worst, median and best frame by IoU, else first to last."""
     scored = sorted((row for row in rows if known(row.get("iou"))), key=lambda row: row["iou"])
     first, middle, last = ("Worst", "Median", "Best") if scored else ("First", "Middle", "Last")
     chosen = scored or rows
-    found = [(first, chosen[0]), (middle, chosen[len(chosen) // 2]), (last, chosen[-1])]
-    return found if len(chosen) > 2 else found[::2][:len(chosen)]
+    places = {0: first, len(chosen) // 2: middle, len(chosen) - 1: last}
+    return [(word, chosen[place]) for place, word in places.items()]
 
 
 def clip_section(clip: str, rows: Sequence[dict], picture: Callable[[int], np.ndarray]) -> str:
-    """Return a clip's heading and its pictures, with words for those who do not see them."""
+    """Return a clip's heading and its pictures."""
     figures = ""
     for word, row in choose_frames(rows):
-        image = shrink(picture(row["index"]), PICTURE_SIDE)
+        source = jpeg_uri(picture(row["index"]))
         caption = f"{word}: frame {escape(str(row['frame']))}"
         if known(row.get("iou")):
             caption += f" <span>IoU {number(row['iou'])}, F {number(row.get('F'))}</span>"
         figures += (f'<figure><img alt="{escape(clip)}, {word.lower()} frame" '
-                    f'src="{jpeg_uri(image)}"><figcaption>{caption}</figcaption></figure>\n')
+                    f'src="{source}"><figcaption>{caption}</figcaption></figure>\n')
     heading = f'{escape(clip)} <span class="quiet">{len(rows)} frames</span>'
     return (f'<h3 id="clip-{rows[0]["index"]}">{heading}</h3>\n'
             f'<div class="frames">\n{figures}</div>')

@@ -1,4 +1,4 @@
-"""The run folder: what it remembers of its command, its log, the state to resume from, its pictures."""
+"""The run folder: its command, its log, the state to resume from, its pictures."""
 import argparse
 import contextlib
 import json
@@ -17,8 +17,6 @@ from vos.images import image_size, read_image, write_image
 from vos.inputs import BadInput, inside, opened, read_json
 from vos.outputs import cannot_write, locked, new_folder, whole_file, write_json, write_text
 from vos.pictures import overlay
-
-# --- the folder and its command ------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -42,12 +40,12 @@ def open_run(out: Path, command: dict, overwrite: bool, inputs: Sequence[Path], 
 
 def describe_command(args: argparse.Namespace, recipe: dict, folders: list[FeatureFolder],
                      used: list[str]) -> dict:
-    """Return what args.json holds: the command, its arguments, the recipe, and what they ran on.
+    """Return what args.json holds: the command, the recipe, and what they ran on.
 
-    used: full names of the artifacts that --features and --val-features came from: a resumed run goes on
-    with these versions, whatever their aliases mean by then.
+    used: full names of the artifacts that the flags named, which a resumed run goes on with.
     """
-    plain = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    plain = {name: str(value) if isinstance(value, Path) else value
+             for name, value in vars(args).items()}
     names = iter(used)
     for key in ("features", "val_features"):
         if str(plain[key]).startswith("wandb:"):
@@ -59,36 +57,32 @@ def describe_command(args: argparse.Namespace, recipe: dict, folders: list[Featu
 
 def recall(run: Path, parser: argparse.ArgumentParser, given: argparse.Namespace,
            may_change: Sequence[str]) -> argparse.Namespace:
-    """Return the arguments and the recipe of the run that is resumed, parsed anew and so checked.
+    """Return the arguments and recipe of the run that is resumed, parsed anew and so checked.
 
-    Of the flags `given` now only those of `may_change` count; another that differs raises BadInput.
+    Of the flags `given` now those of `may_change` count; another that differs raises BadInput.
     """
-    file = run / "args.json"
+    file, flags = run / "args.json", []
     saved = read_json(file)
     try:
-        values = {**saved["args"], **saved["recipe"], "out": str(run), "resume": str(run)}
-        args = parser.parse_args([flag for item in values.items() for flag in as_flag(*item)])
+        for name, value in {**saved["args"], **saved["recipe"], "out": run}.items():
+            flag = "--" + name.replace("_", "-")
+            if value is True:
+                flags.append(flag)
+            elif value is not None and value is not False:
+                flags.append(f"{flag}={','.join(value) if isinstance(value, list) else value}")
+        args = parser.parse_args(flags)
     except (BadInput, TypeError, KeyError) as error:
         raise BadInput(f"{file}: is not what train.py writes ({error})") from error
+
     for name, value in vars(given).items():
         if name in may_change:
             setattr(args, name, value)
         elif value not in (parser.get_default(name), getattr(args, name)):
             raise BadInput(f"{file}: the run has --{name.replace('_', '-')} {getattr(args, name)}, "
-                           f"which cannot be {value} now; leave the flag out, or start another run")
+                           f"not {value}; leave the flag out, or start another run")
     if saved.get("code") != code_revision():
         print(f"note: {run} was started by another revision of the code: {saved.get('code')}")
     return args
-
-
-def as_flag(name: str, value) -> list[str]:
-    """Return the command line flag of one argument; none for one that was not set."""
-    flag = "--" + name.replace("_", "-")
-    if value is None or value is False:
-        return []
-    if value is True:
-        return [flag]
-    return [f"{flag}={','.join(value) if isinstance(value, list) else value}"]
 
 
 def check_same_features(run: Path, folders: list[FeatureFolder]) -> None:
@@ -96,11 +90,8 @@ def check_same_features(run: Path, folders: list[FeatureFolder]) -> None:
     before = read_json(run / "args.json").get("features") or {}
     for folder in folders:
         if folder.meta["sha256"] not in before.values():
-            raise BadInput(f"{folder.path}: holds other features than {run} was trained on; make them "
-                           "again as they were, or start another run")
-
-
-# --- log and state -------------------------------------------------------------------------------
+            raise BadInput(f"{folder.path}: holds other features than {run} was trained on; make "
+                           "them again as they were, or start another run")
 
 
 def append_log(out: Path, row: dict) -> None:
@@ -117,19 +108,17 @@ def read_log(out: Path) -> list[dict]:
     file = out / "log.jsonl"
     if not file.exists():
         return []
-    try:
-        with opened(file, 1 << 30) as handle:
-            lines = handle.read().decode("utf-8").split("\n")[:-1]  # the last: cut short by a kill
+    with opened(file, 1 << 30) as handle:
+        lines = handle.read().split(b"\n")[:-1]  # the last: cut short by a kill
+    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
         rows = [json.loads(line) for line in lines]
         if all(type(row["step"]) is int for row in rows):
             return rows
-    except (ValueError, TypeError, KeyError, RecursionError):
-        pass
-    raise BadInput(f"{file}: expected a line of JSON for each step logged; remove the damaged lines")
+    raise BadInput(f"{file}: expected JSON with a step in each line; remove the damaged lines")
 
 
 def load_state(out: Path, parts: dict, state: dict, write: bool) -> dict:
-    """Put `parts` back as last.pt has them; return its counters. Without last.pt: `state` as it is.
+    """Put `parts` back as last.pt has them; return its counters, without last.pt `state`.
 
     write: drop the lines of the log past that state.
     """
@@ -141,8 +130,8 @@ def load_state(out: Path, parts: dict, state: dict, write: bool) -> dict:
             state = {name: type(value)(saved["run"][name]) for name, value in state.items()}
         except Exception as error:  # a damaged state can break what loads it in any way
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise BadInput(f"{out / 'last.pt'}: does not fit this run ({reason}); remove it to go on "
-                           "from the start") from error
+            raise BadInput(f"{out / 'last.pt'}: does not fit this run ({reason}); remove it to go "
+                           "on from the start") from error
     if write:
         rows = [row for row in read_log(out) if row["step"] < state["step"]]
         write_text(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
@@ -157,24 +146,21 @@ def save_state(out: Path, parts: dict, state: dict) -> None:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Yield a list to which Ctrl-C, SIGTERM and SIGHUP are added, so that a loop can save and stop."""
+    """Yield a list that Ctrl-C, SIGTERM and SIGHUP are added to, so that a loop can save first."""
     noted: list[int] = []
-    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    numbers = [getattr(signal, name) for name in names]
-    before = [signal.signal(number, lambda number, frame: noted.append(number)) for number in numbers]
+    names = {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal))
+    before = {name: signal.signal(getattr(signal, name), lambda number, _: noted.append(number))
+              for name in names}
     try:
         yield noted
     finally:
-        for number, handler in zip(numbers, before):
-            signal.signal(number, handler)
-
-
-# --- pictures ------------------------------------------------------------------------------------
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
 
 
 def write_overlay(file: Path, folder: FeatureFolder, row: int, prediction: np.ndarray,
                   mask: np.ndarray) -> np.ndarray:
-    """Write the frame of a row with prediction and mask, bool [H, W], over it; return the frame.
+    """Write a row's frame with prediction and mask, bool [H, W], over it; return the frame.
 
     It is black where the frame is gone, is in a video, or was resized.
     """

@@ -16,22 +16,22 @@ from vos.outputs import new_folder, write_json, write_text
 
 
 def make_background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Return noise [height, width, 3] in 0..255 with four plain, bright patches in it."""
+    """Return noise [height, width, 3] in 0..255 with four plain patches in it."""
     image = np.zeros((height, width, 3))
-    for cells, share in ((3, 0.5), (10, 0.3), (30, 0.2)):
+    for cells, share in ((3, 0.6), (8, 0.3), (24, 0.1)):
         grid = Image.fromarray(rng.integers(0, 256, (cells, 2 * cells, 3), np.uint8))
         image += share * np.asarray(grid.resize((width, height), Image.Resampling.BICUBIC))
     for side in rng.integers(height // 8, height // 3, 4):
         top, left = rng.integers(0, (height - side, width - side))
-        image[top:top + side, left:left + side] = rng.uniform(90, 255, 3)
+        image[top:top + side, left:left + side] = rng.uniform(0.4, 1) * rng.uniform(90, 255, 3)
     return image
 
 
 def make_clip(seed: int, frames: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Return one clip: frames [N, H, W, 3] uint8 and their exact masks [N, H, W] bool."""
     rng = np.random.default_rng(seed)
-    background = make_background(rng, height + height // 8, width + width // 4)
-    radius, period = height * rng.uniform((0.18, 0.05), (0.28, 0.08))  # pixels
+    background = make_background(rng, height, width + width // 4)
+    radius, scale = height * rng.uniform((0.22, 0.008), (0.30, 0.012))  # pixels; pixels of a radian
     colour, phase, spin = rng.uniform(90, 255, 3), rng.uniform(0, 6, 2), rng.uniform(-0.08, 0.08)
     hidden = max(1, frames // 10) if frames > 3 else 0
     gone = rng.integers(1, frames - hidden) if hidden else 0
@@ -40,45 +40,43 @@ def make_clip(seed: int, frames: int, height: int, width: int) -> tuple[np.ndarr
     masks = np.zeros((frames, height, width), bool)
     y, x = np.mgrid[:height, :width]
     for t, share in enumerate(np.linspace(0, 1, frames)):
-        top, left = int(share * (height // 8)), int(share * (width // 4))
-        image = background[top:top + height, left:left + width].copy()
+        image = background[:, int(share * width / 4):][:, :width]  # the camera pans
         if not gone <= t < gone + hidden:
-            centre = (width + 1j * height) / 2 + 0.3 * height * np.exp(1j * (phase[0] + 3 * share))
+            centre = (width + 1j * height) / 2 + 0.2 * height * np.exp(1j * (phase[0] + 3 * share))
             place = (x + 1j * y - centre) * np.exp(1j * spin * t)  # of a pixel, seen by the object
-            squash = 0.4 * np.sin(phase[1] + 4 * share)
+            squash = 0.3 * np.sin(phase[1] + 4 * share)
             masks[t] = np.abs(place + squash * place.conj()) < radius  # an ellipse
 
-            angles = 2 * np.pi / period * place[masks[t]]
-            u, v = np.sin(angles.real), np.sin(angles.imag)
+            u, v = np.sin(place.real / scale), np.sin(place.imag / scale)
             wave = (u, 2 * u * v, u + v - 0.8)[seed % 3]  # stripes, a checker, dots
-            image[masks[t]] = np.clip(0.6 + wave, 0.2, 1)[:, None] * colour
+            paint = np.clip(0.6 + wave, 0.2, 1)[..., None] * colour
+            image = np.where(masks[t, ..., None], paint, image)
         images[t] = np.clip(image + rng.normal(0, 4, (height, width, 1)), 0, 255)
     return images, masks
 
 
 def write_dataset(root: Path, clips, val_clips, frames, height, width, seed, overwrite=False):
     """Write a DAVIS root with splits train and val, whole or not at all. Raises BadInput."""
+    lines = {"train": "", "val": ""}
     with new_folder(root, "sample", overwrite) as folder:
+        for number in progress(range(clips + val_clips), "clips"):
+            pairs = zip(*make_clip(seed * 10_000 + number, frames, height, width))
+            for index, (pixels, mask) in enumerate(pairs):
+                name = f"480p/clip-{number:02d}/{index:05d}"
+                image, annotation = f"JPEGImages/{name}.jpg", f"Annotations/{name}.png"
+                for file, values in (image, pixels), (annotation, mask * np.uint8(255)):
+                    (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                    write_image(folder / file, values, quality=92)  # of the JPEG
+                lines["train" if number < clips else "val"] += f"/{image} /{annotation}\n"
         (folder / "ImageSets/480p").mkdir(parents=True)
-        for split, numbers in ("train", range(clips)), ("val", range(clips, clips + val_clips)):
-            lines = ""
-            for number in progress(numbers, split):
-                pairs = zip(*make_clip(seed * 10_000 + number, frames, height, width))
-                for index, (pixels, mask) in enumerate(pairs):
-                    name = f"480p/clip-{number:02d}/{index:05d}"
-                    image, annotation = f"JPEGImages/{name}.jpg", f"Annotations/{name}.png"
-                    for file, values in (image, pixels), (annotation, mask * np.uint8(255)):
-                        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-                        write_image(folder / file, values)
-                    lines += f"/{image} /{annotation}\n"
-            write_text(folder / f"ImageSets/480p/{split}.txt", lines)
+        for split, text in lines.items():
+            write_text(folder / f"ImageSets/480p/{split}.txt", text)
         write_json(folder / "sample.json", {"made_by": "vos.sample", "seed": seed})
 
 
-def parse_size(text: str) -> tuple[int, int]:
+def parse_size(text: str) -> tuple[int, ...]:
     """Parse HEIGHTxWIDTH (argparse type)."""
-    height, _, width = text.partition("x")
-    return count(10_000, least=32)(height), count(10_000, least=32)(width)
+    return tuple(map(count(10_000, least=32), text.partition("x")[::2]))
 
 
 def main() -> None:
@@ -93,8 +91,8 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace what is at --out")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
-    write_dataset(args.out, args.clips, args.val_clips, args.frames, *args.size, args.seed,
-                  args.overwrite)
+    write_dataset(args.out, args.clips, args.val_clips, args.frames, args.size[0], args.size[1],
+                  args.seed, args.overwrite)
     print(f"wrote {args.out}; next: python featurize.py --data {args.out} --split train")
 
 

@@ -1,86 +1,86 @@
-"""What evaluate.py predicts and scores: frames, their masks, predictions from elsewhere.
+"""What is featurized, predicted and scored: frames found and checked, and their masks.
 
-H W frame.
+T frames of a clip, C channels, h w feature grid, H W frame.
 """
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from vos import clips, images
+from vos import cli, clips, cues, featurizers
 from vos.folder import FeatureFolder
 from vos.inputs import BadInput, inside
+from vos.masks import Meaning, decide_meaning, read_mask
 from vos.video import VIDEOS
 
 
 class Source(NamedTuple):
-    """Frames, and the masks to score them with."""
+    """Frames, and the masks to train on or score with."""
 
     frames: list[clips.Frame]
     sizes: list[tuple[int, int]]  # (H, W) of every frame
-    masks: torch.Tensor | None = None  # packed, of a feature folder
-    meaning: dict[str, str] | None = None  # of the annotations, where masks are read from them
+    meaning: Meaning | None = None  # of the annotations, where masks are read from them
+    masks: torch.Tensor | None = None  # packed, where they are a feature folder's
 
     @property
     def annotated(self) -> bool:
         return any(frame.annotation for frame in self.frames)
 
     def mask(self, index: int) -> np.ndarray | None:
-        """Return a frame's mask at its own size, packed uint8 [H, ceil(W / 8)]; None without one."""
+        """Return a frame's mask at its own size, bool [H, W]; None without one."""
         frame = self.frames[index]
         if frame.annotation is None:
             return None
-        if self.masks is not None:
-            return self.masks[index].cpu().numpy()
-        return np.packbits(images.read_mask(frame.annotation, self.meaning), axis=1)
+        if self.masks is None:
+            return read_mask(frame.annotation, self.meaning)
+        packed = self.masks[index].cpu().numpy()
+        return np.unpackbits(packed, axis=1, count=self.sizes[index][1]).astype(bool)
 
 
-def open_frames(root: Path, split: str | None, masks: Path | None, threads: int) -> Source:
+def open_frames(root: Path, split: str | None, masks: Path | None, threads: int,
+                limit: int | None = None) -> Source:
     """Find and check the frames of a data set and what its masks mean. Raises BadInput."""
-    frames = clips.find_frames(root, split, masks)
+    frames = clips.find_frames(root, split, masks)[:limit]
     sizes = clips.check_frames(frames, threads)
     annotations = [frame.annotation for frame in frames if frame.annotation]
-    meaning = images.decide_meaning(annotations, threads) if annotations else None
-    return Source(frames, sizes, meaning=meaning)
+    return Source(frames, sizes, decide_meaning(annotations, threads) or None)
 
 
 def open_folder(folder: FeatureFolder, root: Path | None, needs_frames: bool,
                 masks: torch.Tensor | None, threads: int) -> Source:
     """Return the frames of a feature folder, below `root` (None: where they were featurized).
 
-    Masks come from the folder, unless frames differ in size and were resized for it. Raises BadInput when
-    frames are needed and are gone, or are no longer those that were featurized.
+    masks: the folder's; frames that were resized for it are scored with their annotations instead.
     """
     meta, listed = folder.meta, folder.path / "paths.json"
     root = root or Path(meta["data"])
     is_video = root.suffix.lower() in VIDEOS
-    raw, annotation = folder.paths["raw"], folder.paths.get("annotation")
+    raw, masked = folder.paths["raw"], folder.paths.get("annotation")
     frames = []
     for row in range(folder.frames):
-        labelled = annotation and annotation[row] not in ("", ".")
-        frames.append(clips.Frame(
-            meta["clips"][row], meta["names"][row],
-            root if is_video else inside(root, raw[row], listed),
-            inside(root, annotation[row], listed) if labelled else None, row if is_video else None))
+        image = root if is_video else inside(root, raw[row], listed)
+        labelled = masks is not None and masked and masked[row]
+        annotation = inside(root, masked[row], listed) if labelled else None
+        frames.append(clips.Frame(meta["clips"][row], meta["names"][row], image, annotation,
+                                  row if is_video else None))
 
-    sizes = [tuple(size) for size in (meta["sizes"] or [folder.size] * folder.frames)[:folder.frames]]
+    sizes = [tuple(size) for size in meta["sizes"] or [folder.size] * len(frames)]
     if needs_frames or meta["sizes"]:
-        gone = [frame.image for frame in frames if not frame.image.is_file()]
-        if gone:
-            raise BadInput(f"{gone[0]}: no such file, though {folder.path} was made from it; pass "
-                           "--data with the folder that its frames are in now, or --no-pictures and "
-                           "--refine none")
-        found = clips.check_frames([frame._replace(annotation=None) for frame in frames], threads)
-        changed = [row for row in range(folder.frames) if found[row] != sizes[row]]
-        if changed:
-            raise BadInput(f"{frames[changed[0]].image}: is no longer of the size that {folder.path} "
-                           "was made from; featurize again")
+        try:
+            plain = [frame._replace(annotation=None) for frame in frames]
+            for frame, old, new in zip(frames, sizes, clips.check_frames(plain, threads)):
+                if old != new:
+                    raise BadInput(f"{frame.image}: is no longer of the size that was featurized")
+        except BadInput as error:
+            raise BadInput(f"{error}; pass --data with where the frames of {folder.path} are now, "
+                           "or --no-pictures and --refine none") from error
     if not meta["sizes"]:
-        return Source(frames, sizes, masks)
-    annotations = [frame.annotation for frame in frames if frame.annotation]
-    return Source(frames, sizes, meaning=images.decide_meaning(annotations, threads))
+        return Source(frames, sizes, masks=masks)
+    paths = [frame.annotation for frame in frames if frame.annotation]
+    return Source(frames, sizes, decide_meaning(paths, threads))
 
 
 def clip_ranges(frames: list[clips.Frame]) -> list[tuple[int, int]]:
@@ -89,28 +89,33 @@ def clip_ranges(frames: list[clips.Frame]) -> list[tuple[int, int]]:
     return [(run[0], run[-1] + 1) for run in runs]
 
 
-def find_predictions(folder: Path, frames: list[clips.Frame]) -> list[Path]:
-    """Return the PNG of each frame: <clip>/<frame>.png, or as many PNGs as frames, in order.
+def featurize_clips(featurizer: featurizers.Featurizer, frames: list[clips.Frame],
+                    ranges: list[tuple[int, int]], size: tuple[int, int], dtype: str,
+                    with_cues: bool, device: torch.device, threads: int) -> Iterator[list]:
+    """Yield the levels of each range, [T, C, h, w] in host memory, then their cues, if wanted."""
+    batch = 4 if device.type == "cpu" else 32
+    chosen = [frames[row] for first, stop in ranges for row in range(first, stop)]
+    shown = iter(cli.progress(clips.read_images(chosen, threads), "featurize", len(chosen)))
+    for first, stop in ranges:
+        parts = []
+        for start in range(first, stop, batch):
+            pictures = list(itertools.islice(shown, min(batch, stop - start)))
+            maps = featurizers.run_featurizer(featurizer, pictures, size, device)
+            parts.append([level.to("cpu", getattr(torch, dtype)) for level in maps])
 
-    Raises BadInput naming the first that is missing, or both counts.
-    """
-    if not folder.is_dir():
-        raise BadInput(f"{folder}: no such folder of masks")
+        levels = [torch.cat(level) for level in zip(*parts)]
+        if with_cues:
+            levels += [cues.clip_cues(level.to(device)).half().cpu() for level in levels]
+        yield levels
+
+
+def find_predictions(folder: Path, frames: list[clips.Frame], threads: int) -> list[Path]:
+    """Return each frame's PNG, <clip>/<frame>.png or one a frame in order, checked. BadInput."""
     folder = folder / "outputs" if (folder / "outputs").is_dir() else folder
-    flat = [path for path in clips.images_in(folder) if path.suffix.lower() == ".png"]
-    if flat and len(flat) != len(frames):
-        raise BadInput(f"{folder}: {len(flat)} PNGs for {len(frames)} frames; expected one a frame")
-    files = flat or [folder / frame.clip / f"{frame.name}.png" for frame in frames]
-    for file in files:
-        if not file.is_file():
-            raise BadInput(f"{file}: no such file; expected <clip>/<frame>.png, or one PNG a frame")
+    flat = clips.images_in(folder) if folder.is_dir() else []
+    files = [path for path in flat if path.suffix.lower() == ".png"]
+    if files and len(files) != len(frames):
+        raise BadInput(f"{folder}: {len(files)} PNGs for {len(frames)} frames; expected one each")
+    files = files or [folder / frame.clip / f"{frame.name}.png" for frame in frames]
+    clips.check_frames([frame._replace(annotation=f) for frame, f in zip(frames, files)], threads)
     return files
-
-
-def read_prediction(file: Path, size: tuple[int, int], meaning: dict[str, str]) -> np.ndarray:
-    """Decode a prediction to uint8 [H, W], 0 or 255. Raises BadInput unless it has `size` = (H, W)."""
-    mask = images.read_mask(file, meaning)
-    if mask.shape != size:
-        raise BadInput(f"{file}: is {mask.shape[1]} x {mask.shape[0]}, its frame {size[1]} x "
-                       f"{size[0]}; expected the same size")
-    return mask * np.uint8(255)

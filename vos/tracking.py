@@ -105,21 +105,17 @@ def download(wanted: str) -> str:
     return used
 
 
-class Run:
+class Run(contextlib.AbstractContextManager):
     """A run that logs, in a `with` block. A failure of `client`, a wandb.Run, stops nothing."""
 
     def __init__(self, client):
         self.client, self.folder = client, client.settings.sync_dir
         self.missing: set[str] = set()  # what could not be logged, which has been told
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, kind, error, trace):
         """Say how to upload what will be missing, and wait for the uploads."""
-        flag = "" if self.client.offline else "--include-online "
         say(f"the run is at {self.client.url or self.folder}; to upload what is missing there: "
-            f"wandb sync {flag}{self.folder}")
+            f"wandb sync --include-online {self.folder}")
         with self.going_on("the end"):
             self.client.unwatch()
             self.client.finish(exit_code=int(kind is not None))
@@ -147,6 +143,11 @@ class Run:
             masks = {"predictions": {"mask_data": prediction.astype("uint8")},
                      "ground_truth": {"mask_data": mask.astype("uint8")}}
             self.client.log({"prediction": wandb.Image(frame, masks=masks, caption=caption)}, step)
+
+    def watch(self, decoder, every: int) -> None:
+        """Log histograms of the gradients in every `every`-th backward pass."""
+        with self.going_on("gradients"):
+            self.client.watch(decoder, log_freq=every)
 
     def artifact(self, name: str, type: str, files: dict, metadata: dict, aliases=(), tables=()):
         """Log files {entry: path}, (wandb.Table, entry) as `name`; metadata goes to the summary."""
@@ -208,8 +209,7 @@ def log_scores(run: Run, decoder: str, split: str, rows, scores: dict) -> None:
         import wandb
         table = wandb.Table(columns=["out", "target", "iou_score"])
         for output, target, iou in rows:
-            pictures = [wandb.Image(source, mode="L") for source in (output, target)]
-            table.add_data(*pictures, float(iou))
+            table.add_data(wandb.Image(output, mode="L"), wandb.Image(target, mode="L"), float(iou))
         scores = {**scores, "segmentation_metric": scores["mean_iou"]}
         run.artifact(f"{decoder}-result-submission", "submission", {}, scores,
                      tables=[(table, f"{split}-eval-data")])

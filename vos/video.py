@@ -1,7 +1,6 @@
 """Videos: read frame by frame, whole or not at all; written as a GIF or an MP4.
 
-GIF and APNG go through Pillow, all else through the program of imageio-ffmpeg, which is optional;
-it is run here, since the package's own reader and writer do not look at its exit status.
+ffmpeg is run here, since imageio-ffmpeg, which brings it, does not look at its exit status.
 """
 import io
 import os
@@ -38,15 +37,15 @@ def read_video(path: Path) -> Iterator[np.ndarray]:
 
 
 def read_with_ffmpeg(path: Path) -> Iterator[np.ndarray]:
-    """As `read_video`. ffmpeg opens only `path`: lists of files are refused."""
-    with opened(path):  # raises for a pipe, which ffmpeg would wait for
-        program = find_ffmpeg()
+    """As `read_video`. Refuses pipes, which ffmpeg would wait for, and lists of other files."""
     source = ["-protocol_whitelist", "file", "-format_whitelist", "mov,matroska,avi",
               "-max_pixels", str(PIXELS_LIMIT), "-i", f"file:{path}", "-map", "0:V:0"]
     frames = ["-fps_mode", "passthrough", "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24"]
-    command = [program, "-nostdin", "-v", "error", "-xerror", *source, *frames, "pipe:1"]
-    with tempfile.TemporaryFile() as log, subprocess.Popen(
+    command = [find_ffmpeg(str(path)), "-nostdin", "-v", "error", "-xerror", *source, *frames,
+               "pipe:1"]
+    with opened(path), tempfile.TemporaryFile() as log, subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log) as process:
+        assert process.stdout is not None
         try:
             while process.stdout.readline() == b"P6\n":  # a PPM a frame: kind, size, 255, pixels
                 width, height = map(int, process.stdout.readline().split())
@@ -58,25 +57,20 @@ def read_with_ffmpeg(path: Path) -> Iterator[np.ndarray]:
         finally:
             process.kill()
         log.seek(0)
-        said = one_line(log.read())
+        said = " ".join(log.read().decode("utf-8", "replace").split())[-300:]
     if status or "ended prematurely" in said:
         raise BadInput(f"{path}: cannot be decoded as a whole video ({said}); expected at most "
                        f"{PIXELS_LIMIT:,} pixels a frame; copy it anew, or pass a folder of frames")
 
 
-def one_line(said: bytes) -> str:
-    """Return what ffmpeg wrote as one line of at most 300 characters."""
-    return " ".join(said.decode("utf-8", "replace").split())[-300:]
-
-
-def find_ffmpeg() -> str:
-    """Return the path of ffmpeg. Raises BadInput where there is none."""
+def find_ffmpeg(purpose: str = "--video mp4") -> str:
+    """Return the path of ffmpeg. Raises BadInput, saying what it is for, where there is none."""
     try:
         import imageio_ffmpeg
         return imageio_ffmpeg.get_ffmpeg_exe()
     except (ImportError, RuntimeError) as error:
-        raise BadInput("expected ffmpeg, for videos other than GIFs; run `pip install "
-                       "imageio-ffmpeg`, or pass a folder of frames, or --video gif") from error
+        raise BadInput(f"{purpose}: expected ffmpeg, found none; run `pip install imageio-ffmpeg`, "
+                       "or use a GIF, or a folder of frames") from error
 
 
 def check_video(kind: str) -> None:
@@ -122,4 +116,5 @@ def write_mp4(path: Path, pictures: Iterable[Image.Image], fps: float) -> None:
                    "-f", "mp4", f"file:{path}"]
         done = subprocess.run(command, stdin=raw, stderr=subprocess.PIPE)
     if done.returncode:
-        raise CannotWrite(f"{path}: cannot be written ({one_line(done.stderr)})")
+        said = " ".join(done.stderr.decode("utf-8", "replace").split())[-300:]
+        raise CannotWrite(f"{path}: cannot be written ({said})")
