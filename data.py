@@ -163,8 +163,8 @@ def pool_masks(features: Features, cells: tuple[torch.Tensor, torch.Tensor]) -> 
     for part in features.index.split(8):  # 8 frames stay in the processor's cache
         packed = rows_of(features.masks, part).cpu().numpy()
         bits = np.unpackbits(packed, axis=2, count=len(columns))  # [n, H, W]
-        sums = [np.add.reduce(bits[:, start:stop], axis=1, dtype=dtype) for start, stop in bounds]
-        sums = torch.from_numpy(np.stack(sums, axis=1).astype(np.float32))  # [n, gh, W]
+        counts = [np.add.reduce(bits[:, start:stop], axis=1, dtype=dtype) for start, stop in bounds]
+        sums = torch.from_numpy(np.stack(counts, axis=1).astype(np.float32))  # [n, gh, W]
         pooled[part] = sums @ column_sums / area
     return pooled.to(features.device)
 

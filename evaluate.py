@@ -82,7 +82,7 @@ def featurize(source: sources.Source, model_path: Path, model: dict, weights: st
     if featurizer.digest != model["weights"]:
         raise BadInput(f"{model_path}: was trained on features of other {model['featurizer']} "
                        "weights; pass the same --weights as to featurize.py")
-    shapes = {level: tuple(shape) for level, shape in featurizer.shapes(size).items()}
+    shapes = {level: (c, h, w) for level, (c, h, w) in featurizer.shapes(size).items()}
     decoder = models.load_model(model_path, size, shapes)[0]
     cli.say(f"featurizing {len(source.frames)} frames at {size[1]} x {size[0]}")
 
@@ -134,7 +134,7 @@ def open_model(args: argparse.Namespace, path: Path, folder_path: Path | None, r
         decoder, features = featurize(source, path, model, args.weights, device, threads)
         choose_masks(args, decoder)
 
-    pictures = clips.read_images(source.frames, threads) if guided else None
+    shown = clips.read_images(source.frames, threads) if guided else None
     own = count_parameters(decoder.to(device))
     flops = count_flops(decoder, features.batch(torch.tensor([0])))
     metadata = {
@@ -142,7 +142,7 @@ def open_model(args: argparse.Namespace, path: Path, folder_path: Path | None, r
         "featurizer": model["featurizer"], "flops_per_frame": flops + model["featurizer_flops"],
         "frames": len(source.frames), "annotated": source.annotated, "size": source.sizes[0],
         "sizes": source.sizes if len(set(source.sizes)) > 1 else None}
-    return source, predict_clips(decoder, features, source.frames, pictures), metadata
+    return source, predict_clips(decoder, features, source.frames, shown), metadata
 
 
 def main() -> None:

@@ -66,9 +66,9 @@ def parse_args() -> argparse.Namespace:
 def parse_size(text: str) -> tuple[int, int]:
     """Parse "480x854" as (H, W) (argparse type)."""
     found = re.fullmatch(r"(\d{2,5})x(\d{2,5})", text.lower(), re.ASCII)
-    size = tuple(map(int, found.groups())) if found else (0, 0)
-    if min(size) >= 32 and math.prod(size) <= images.PIXELS_LIMIT:
-        return size
+    height, width = map(int, found.groups()) if found else (0, 0)
+    if min(height, width) >= 32 and height * width <= images.PIXELS_LIMIT:
+        return height, width
     raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTH of at least 32x32, found {text}")
 
 

@@ -61,6 +61,7 @@ class Decoder(nn.Module):
     views = 1  # 2 to average the logits of a frame and its mirror image when predicting
     guided = True  # whether evaluate.py upsamples the logits along the frame's edges
     adapt_steps = 0  # steps that evaluate.py trains it on each clip's own confident predictions
+    area: torch.Tensor
 
     def __init__(self, grid: tuple[int, int], size: tuple[int, int], cells=None):
         """grid: (gh, gw) of the output; size: (H, W) of the masks it stands for.
@@ -105,6 +106,8 @@ class Simple(Decoder):
 
     returns = "probabilities"
     guided = False
+    mix_rows: torch.Tensor
+    mix_columns: torch.Tensor
 
     def __init__(self, shapes: Shapes, size: tuple[int, int]):
         (channels, height, width), *more = shapes.values()
@@ -157,10 +160,9 @@ class Linear(Decoder):
 
     def forward(self, levels: list[torch.Tensor]) -> torch.Tensor:
         """levels: a [B, C, h, w] for each of `shapes`. Returns logits [B, gh, gw]."""
-        total = 0
-        for norm, conv, level in zip(self.norms, self.convs, levels):
-            total = total + F.interpolate(conv(norm(level)), self.grid, mode="bilinear")
-        return total[:, 0]
+        maps = [F.interpolate(conv(norm(level)), self.grid, mode="bilinear")
+                for norm, conv, level in zip(self.norms, self.convs, levels)]
+        return torch.cat(maps, 1).sum(1)
 
 
 class FPN(Decoder):
@@ -190,8 +192,9 @@ class FPN(Decoder):
         self.grids = [finest(shapes, stride) for stride in stages]
         self.at = at * 2 if self.cues else at  # the stage of each level, then of its cues
 
-        self.norms = nn.ModuleList(Standardise(c, self.keep) for c, _, _ in shapes.values())
-        channels = [norm.outputs for norm in self.norms]
+        norms = [Standardise(c, self.keep) for c, _, _ in shapes.values()]
+        self.norms = nn.ModuleList(norms)
+        channels = [norm.outputs for norm in norms]
         channels += [self.cues] * (len(self.at) - len(at))
         widths = [self.width] * (len(stages) - 1) + [self.fine]
         dilations = (((1,),) * len(stages) + self.dilations)[-len(stages):]

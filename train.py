@@ -118,7 +118,7 @@ def fit(decoder: Decoder, training: data.Features, validation: data.Features | N
 
     kept = {"decoder": decoder, "optimizer": optimizer, "schedule": schedule}  # to resume from
     parts = {name: part for name, part in kept.items() if hasattr(part, "state_dict")}
-    state = {"step": 0, "best": -1.0, "losses": []}
+    state: dict = {"step": 0, "best": -1.0, "losses": []}
     if resume:
         state = runs.load_state(out, parts, state, write=group.main)
     best, losses = state["best"], [loss.to(device) for loss in state["losses"]]

@@ -42,7 +42,7 @@ def run_peer(args: argparse.Namespace) -> dict[str, float]:
 def run_ours(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     """Return the same of this project's scripts."""
     features = {split: folder / split for split in ("train", "val")}
-    commands = [("featurize", ROOT / "featurize.py", "--data", args.data, "--split", split,
+    commands: list[tuple] = [("featurize", ROOT / "featurize.py", "--data", args.data, "--split", split,
                  "--featurizer", "alexnet", "--weights", args.weights, "--compute", args.compute,
                  "--out", features[split]) for split in features]
     commands.append(("train", ROOT / "train.py", "--features", features["train"], "--log-every",

@@ -13,6 +13,7 @@ from PIL import Image
 from vos import clips, images, masks, video, views
 from vos.clips import Frame, find_frames
 from vos.inputs import BadInput
+from vos.masks import decide_meaning
 
 
 def write(path: Path, level: int = 0, size: tuple[int, int] = (32, 40)) -> Path:
@@ -213,7 +214,7 @@ def test_packed_masks_are_viewed_and_resized_to_the_nearest_pixel(tmp_path):
     for number, mask in enumerate(masks):
         Image.fromarray(mask).save(tmp_path / f"{number}.png")
         frames.append(Frame("a", str(number), tmp_path, tmp_path / f"{number}.png", view="mirror"))
-    meaning = masks.decide_meaning([frame.annotation for frame in frames])
+    meaning = decide_meaning([frame.annotation for frame in frames])
     for mask, bits in zip(masks, clips.read_packed_masks(frames, meaning, (20, 30)), strict=True):
         assert bits.dtype == np.uint8 and bits.shape == (20, 4)
         rows = ((np.arange(20) + 0.5) * mask.shape[0] / 20).astype(int)

@@ -2,6 +2,8 @@
 
 B batch, C channels, h w feature grid.
 """
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -28,6 +30,10 @@ class Standardise(nn.Module):
     keep: then only the first so many principal components; 0 for all channels as they are.
     """
 
+    mean: torch.Tensor
+    std: torch.Tensor
+    basis: torch.Tensor
+
     def __init__(self, channels: int, keep: int = 0):
         super().__init__()
         self.outputs = min(keep, channels) or channels
@@ -43,11 +49,11 @@ class Standardise(nn.Module):
 
 
 @torch.no_grad()
-def fit_standardise(norms: nn.ModuleList, features) -> None:
+def fit_standardise(norms: Iterable, features) -> None:
     """Set one Standardise per level from at most 256 rows of data.Features, spread evenly."""
     chosen = features.index[:: -(-len(features.index) // 256)]
     for number, norm in enumerate(norms):
-        count, total, products = 0, 0, 0
+        count, (total, products) = 0, torch.zeros(2, 1, device=features.device)
         for part in chosen.split(16):
             level = features.levels[number][part].to(features.device).float()
             values = level.permute(0, 2, 3, 1).reshape(-1, level.shape[1])  # [positions, C]

@@ -14,7 +14,7 @@ EPSILON = 1e-5  # colours (0..1) that vary by less, squared, do not count as an 
 LIMIT = 4.0  # logits beyond this are sure enough
 
 
-def adapt(decoder: nn.Module, features, index: torch.Tensor) -> nn.Module:
+def adapt(decoder, features, index: torch.Tensor):
     """Return a copy trained a little on its own confident predictions for a clip, rows `index`."""
     tuned = copy.deepcopy(decoder).train()
     vars(tuned).update(hide=0.0, lose=0.0)  # hides no cues or features; still drops components

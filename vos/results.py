@@ -56,8 +56,8 @@ def write_scores(out: Path, rows: list[dict], protocol: str) -> dict | None:
     scored = [row for row in rows if row["J"] is not None]
     if not scored:
         return None
-    columns = [np.array([row[key] for row in scored], dtype=float) for key in ("iou", "J", "F")]
-    scores = metrics.summarize([row["clip"] for row in scored], *columns, protocol)
+    iou, J, F = (np.array([row[key] for row in scored], dtype=float) for key in ("iou", "J", "F"))
+    scores = metrics.summarize([row["clip"] for row in scored], iou, J, F, protocol)
     write_json(out / "scores.json", scores)
     return scores
 
