@@ -76,7 +76,7 @@ def load_features(folder: FeatureFolder, levels: list[str] | None = None, cues: 
     folder.check_levels(levels, cues)
     names = [array_name(level, folder.shapes) for level in levels]
     names += [f"cues.{level}.npy" for level in levels if cues]
-    has_masks = "masks.npy" in folder.arrays
+    has_masks = "masks.npy" in folder.meta["sha256"]
     if labelled and not has_masks:
         raise BadInput(f"{folder.path}: has no masks, and this step needs annotations; featurize "
                        "annotated clips, or pass --masks to featurize.py")

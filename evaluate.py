@@ -21,10 +21,9 @@ import torch
 
 import data
 import models
-from vos import cli, clips, distributed, featurizers, results, sources, video
+from vos import cli, clips, featurizers, results, sources, video
 from vos.inputs import BadInput
-from vos.layers import count_flops, count_parameters
-from vos.masks import decide_meaning, read_mask
+from vos.layers import count_flops
 from vos.metrics import PROTOCOLS
 from vos.outputs import check_output, new_folder, write_json
 from vos.refine import adapt
@@ -78,7 +77,7 @@ def featurize(source: sources.Source, model_path: Path, model: dict, weights: st
     scale = math.sqrt(math.prod(model["size"]) / (height * width))
     size = round(height * scale), round(width * scale)
     featurizer = featurizers.build_featurizer(model["featurizer"], list(model["shapes"]), weights,
-                                              featurizers.choose_compute("auto", device))
+                                              "auto", device)
     if featurizer.digest != model["weights"]:
         raise BadInput(f"{model_path}: was trained on features of other {model['featurizer']} "
                        "weights; pass the same --weights as to featurize.py")
@@ -87,7 +86,7 @@ def featurize(source: sources.Source, model_path: Path, model: dict, weights: st
     cli.say(f"featurizing {len(source.frames)} frames at {size[1]} x {size[0]}")
 
     ranges = sources.clip_ranges(source.frames)
-    parts = sources.featurize_clips(featurizer.to(device), source.frames, ranges, size,
+    parts = sources.featurize_clips(featurizer, source.frames, ranges, size,
                                     "float16", decoder.cues > 0, device, threads)
     levels = [torch.cat(level).to(device) for level in zip(*parts)]
     return decoder, data.Features(list(shapes), levels, device, torch.arange(len(source.frames)))
@@ -135,7 +134,7 @@ def open_model(args: argparse.Namespace, path: Path, folder_path: Path | None, r
         choose_masks(args, decoder)
 
     shown = clips.read_images(source.frames, threads) if guided else None
-    own = count_parameters(decoder.to(device))
+    own = sum(weight.numel() for weight in decoder.to(device).parameters())
     flops = count_flops(decoder, features.batch(torch.tensor([0])))
     metadata = {
         "nparams": own + model["featurizer_parameters"], "decoder": model["decoder"],
@@ -147,14 +146,13 @@ def open_model(args: argparse.Namespace, path: Path, folder_path: Path | None, r
 
 def main() -> None:
     args = parse_args()
-    distributed.refuse_several()
     mode = cli.wandb_mode(args.wandb)
     if args.threads:
         torch.set_num_threads(args.threads)
     threads = args.threads or os.cpu_count() or 2
     device = cli.choose_device(args.device)
-    if not args.no_pictures:
-        video.check_video(args.video)
+    if args.video == "mp4" and not args.no_pictures:
+        video.find_ffmpeg()
 
     # open what the flags name, and check that it fits together
     used: list[str] = []
@@ -171,8 +169,8 @@ def main() -> None:
         if not source.annotated:
             raise BadInput(f"{root}: has no annotations to score {scored} with; pass --masks")
         files = sources.find_predictions(scored, source.frames, threads)
-        meaning = decide_meaning(files, threads, predictions=True)
-        masks = (read_mask(file, meaning) * np.uint8(255) for file in files)
+        meaning = clips.decide_meaning(files, threads, predictions=True)
+        masks = (clips.read_mask(file, meaning) * np.uint8(255) for file in files)
         metadata = {"predictions": given, "meaning": meaning, "frames": len(files)}
     else:
         source, masks, metadata = open_model(args, scored, folder, root, device, threads)
@@ -202,7 +200,7 @@ def main() -> None:
     look = "" if args.no_pictures else f"; open {out / 'report.html'}"
     cli.say(f"wrote {out}: {len(rows)} frames{look}")
     if not args.predictions:
-        cli.say(f"next: python package.py --results {cli.quote(out)}")
+        cli.say(f"next: python package.py --results {shlex.quote(str(out))}")
 
 
 if __name__ == "__main__":

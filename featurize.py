@@ -9,6 +9,7 @@ import argparse
 import math
 import os
 import re
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -16,20 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vos import (
-    cli,
-    clips,
-    cues,
-    distributed,
-    featurizers,
-    folder,
-    images,
-    partial,
-    sources,
-    views,
-)
+from vos import cli, clips, cues, distributed, featurizers, folder, images, resuming, sources
 from vos.inputs import BadInput, sha256
-from vos.masks import Meaning
+from vos.layers import count_flops
 from vos.outputs import check_output, write_json
 
 
@@ -50,7 +40,7 @@ def parse_args() -> argparse.Namespace:
                        "timm (default: efficientnet_lite0)")
     group.add_argument("--levels", type=cli.parse_levels, help="comma-separated strides to store, "
                        "such as s8,s16,s16@0.5 (default: the featurizer's own)")
-    group.add_argument("--views", type=views.parse_views, default=[], metavar="VIEW,...",
+    group.add_argument("--views", type=clips.parse_views, default=[], metavar="VIEW,...",
                        help="views of every frame to train on too: mirror, zoom1.5, zoom0.7")
     group.add_argument("--cues", action=argparse.BooleanOptionalAction, help="store what whole "
                        "clips tell about each position (default: with several levels)")
@@ -79,7 +69,7 @@ def list_paths(paths: list[Path | None], root: Path) -> dict[str, str]:
     return {str(index): below(path or Path()) for index, path in enumerate(paths)}
 
 
-def write_arrays(place: Path, meta: dict, rows: list[clips.Frame], meaning: Meaning | None,
+def write_arrays(place: Path, meta: dict, rows: list[clips.Frame], meaning: clips.Meaning | None,
                  featurizer: featurizers.Featurizer, device: torch.device, threads: int,
                  group: distributed.Group) -> None:
     """Write the arrays of this process's share of the clips, but for those finished earlier."""
@@ -87,7 +77,7 @@ def write_arrays(place: Path, meta: dict, rows: list[clips.Frame], meaning: Mean
         for name, shape in folder.list_arrays(meta, masks=bool(meaning)).items():
             dtype = {"m": "uint8", "c": "float16"}.get(name[0], meta["dtype"])
             if not (place / name).exists():
-                partial.make_array(place / name, shape, dtype)
+                resuming.make_array(place / name, shape, dtype)
     group.wait()
 
     ranges = sources.clip_ranges(rows)
@@ -108,7 +98,9 @@ def write_arrays(place: Path, meta: dict, rows: list[clips.Frame], meaning: Mean
             if not np.isfinite(array).all():
                 raise BadInput(f"{rows[first].image}: {name} would not be finite here; pass "
                                "--dtype float32 --compute float32")
-            partial.write_rows(place / name, first, array)
+            mapped = np.load(place / name, mmap_mode="r+")
+            mapped[first:stop] = array
+            mapped.flush()
         with open(place / f"finished-{group.rank}.txt", "a", encoding="ascii") as file:
             file.write(f"{first}\n")
 
@@ -145,13 +137,13 @@ def main() -> None:
     rows, size = list(source.frames), args.size or source.sizes[0]
     for view in args.views:
         rows += [row._replace(clip=f"{row.clip}@{view}", view=view) for row in source.frames]
-    compute = featurizers.choose_compute(args.compute, device)
-    featurizer = featurizers.build_featurizer(args.featurizer, args.levels, args.weights, compute)
+    featurizer = featurizers.build_featurizer(args.featurizer, args.levels, args.weights,
+                                              args.compute, device)
 
     shapes = featurizer.shapes(size)
     labelled = [row.annotation is not None for row in rows]
     with_cues = len(shapes) > 1 if args.cues is None else args.cues
-    flops, arithmetic = featurizers.count_flops(featurizer, size), str(compute)[6:]
+    flops, arithmetic = count_flops(featurizer.shapes, size), str(featurizer.compute)[6:]
     meta = {
         "format": folder.FORMAT, "featurizer": args.featurizer, "levels": shapes, "size": size,
         "dtype": args.dtype, "cues": cues.VERSION if with_cues else None, "views": args.views,
@@ -174,8 +166,8 @@ def main() -> None:
     started = time.perf_counter()
     logged = cli.tracked(mode if group.main else "disabled", "featurize", vars(args), used)
     with logged as log:
-        with partial.unfinished_folder(out, args.overwrite, inputs, meta | paths, group) as place:
-            write_arrays(place, meta, rows, source.meaning, featurizer.to(device), device, threads,
+        with resuming.unfinished_folder(out, args.overwrite, inputs, meta | paths, group) as place:
+            write_arrays(place, meta, rows, source.meaning, featurizer, device, threads,
                          group)
             group.wait()
             if group.main:
@@ -193,8 +185,8 @@ def main() -> None:
     if group.main:
         print(f"seconds: {time.perf_counter() - started:.3f} ({len(rows)} frames)")
         cli.say(f"wrote {out}")
-        cli.say(f"next: python train.py --features {cli.quote(out)}")
+        cli.say(f"next: python train.py --features {shlex.quote(str(out))}")
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(cli.run(main, several=True))

@@ -19,18 +19,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import FeatureFolder, Features
-from vos.checkpoints import is_finite, load_checkpoint, save_checkpoint
 from vos.cli import count, level_stride, number
 from vos.inputs import BadInput, is_shape
-from vos.layers import Block, Standardise, fit_standardise, mirror, pooling
+from vos.layers import Block, Standardise, fit_standardise, pooling
+from vos.runs import load_checkpoint, save_checkpoint
 
 Shapes = dict[str, tuple[int, int, int]]  # level: (C, h, w), coarse to fine
 FORMAT = 2  # of model.pt
 
 
 def knob(default, help: str, **flag):
-    """A field of a recipe, which is a flag of train.py too: its default, and what argparse
-    needs."""
+    """A field of a recipe, which is a flag of train.py too, with what argparse needs."""
     return dataclasses.field(default=default, metadata={"help": help, **flag})
 
 
@@ -52,8 +51,7 @@ class Recipe:
 
 
 class Decoder(nn.Module):
-    """What decoders share: a grid of logits, its loss against soft targets, its masks at frame
-    size."""
+    """What decoders share: a grid of logits, its loss against soft targets, its masks."""
 
     recipe = Recipe()
     returns = "logits"  # what `forward` gives: logits or probabilities
@@ -83,8 +81,7 @@ class Decoder(nn.Module):
     def loss(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Binary cross-entropy of each frame, its mean over the frame's pixels.
 
-        output: what `forward` gave, [B, gh, gw]; target: share of foreground in each cell, [B, gh,
-        gw] in 0..1. Returns [B].
+        output: what `forward` gave; target: share of foreground in each cell, both [B, gh, gw].
         """
         loss = F.binary_cross_entropy_with_logits(output, target, reduction="none")
         return (loss * self.area).sum((1, 2))
@@ -98,10 +95,9 @@ class Decoder(nn.Module):
 class Simple(Decoder):
     """The contest notebook's: a 3x3 convolution, sigmoid, AdaptiveAvgPool2d up to the frame's size.
 
-    Pooling up makes every pixel the mean of at most 2 x 2 cells, and neighbouring pixels often the
-    mean of the same ones. Such pixels form a cell of the output grid here: predicting, pooling
-    targets and weighing by area per cell gives the notebook's loss over all pixels exactly, from a
-    few hundred times fewer numbers, and a step 50 times as fast.
+    Pooling up makes neighbouring pixels the mean of the same cells, 2 x 2 at most. Such pixels are
+    a cell of the output grid here: weighed by area, the cells give the notebook's loss over all
+    pixels exactly, from a few hundred times fewer numbers, and a step 50 times as fast.
     """
 
     returns = "probabilities"
@@ -219,7 +215,7 @@ class FPN(Decoder):
             logits = self.pyramid(own + cues)
             if self.views == 1:
                 return logits
-            return (logits + mirror(self.pyramid([mirror(x) for x in own + cues]))) / 2
+            return (logits + self.pyramid([x.flip(-1) for x in own + cues]).flip(-1)) / 2
 
         batch, device = len(levels[0]), levels[0].device
         kept = (torch.rand(batch, 1, 1, 1, device=device) >= self.lose).float()
@@ -228,7 +224,7 @@ class FPN(Decoder):
             seen = (torch.rand(batch, self.cues, 1, 1, device=device) >= self.hide).float()
             cues = [cue * seen for cue in cues]
         if torch.rand(()) < 0.5:  # drawn on the host: no waiting for the device
-            return mirror(self.pyramid([mirror(x) for x in own + cues]))
+            return self.pyramid([x.flip(-1) for x in own + cues]).flip(-1)
         return self.pyramid(own + cues)
 
     def pyramid(self, levels: list[torch.Tensor]) -> torch.Tensor:
@@ -274,11 +270,7 @@ DECODERS: dict[str, type[Decoder]] = {
 
 
 def make_decoder(name: str, shapes: Shapes, size: tuple[int, int], seed: int = 0) -> Decoder:
-    """Return a new decoder for feature maps of `shapes` and frames of `size`; `seed` draws its
-    weights.
-
-    Raises BadInput for an unknown decoder, and for features that it cannot take.
-    """
+    """Return a new decoder for features of `shapes` and frames of `size`. Raises BadInput."""
     if name not in DECODERS:
         raise BadInput(f"decoder {name!r}: unknown; there are {', '.join(DECODERS)}")
     torch.manual_seed(seed)
@@ -308,8 +300,7 @@ def predict(decoder: Decoder, features: Features, index: torch.Tensor | None = N
 
 
 def finest(shapes: Shapes, stride: float | None = None) -> tuple[int, int]:
-    """Return the largest grid (h, w) at a stride (None: the finest): s16 and s8@0.5 may round
-    apart."""
+    """Return the largest grid (h, w) at a stride: s16 and s8@0.5 may round apart."""
     stride = stride or min(map(level_stride, shapes))
     grids = [shape[1:] for level, shape in shapes.items() if level_stride(level) == stride]
     return max(grids, key=lambda grid: grid[0] * grid[1])
@@ -351,7 +342,7 @@ def load_model(path: str | Path, size: tuple[int, int] | None = None,
         if model["returns"] != decoder.returns:
             raise ValueError(f"it returned {model['returns']}, which now are {decoder.returns}")
         decoder.load_state_dict(model["state"])
-        if not all(map(is_finite, model.pop("state").values())):
+        if not all(value.isfinite().all() for value in model.pop("state").values()):
             raise ValueError("its weights are not finite")
     except Exception as error:  # a damaged description can break a decoder in any way
         reason = " ".join(str(error).split())[:200] or type(error).__name__

@@ -12,11 +12,11 @@ import sys
 import zipfile
 from pathlib import Path
 
-from vos import cli, distributed
+from vos import cli
 from vos.contest import LIMIT
 from vos.images import image_file
 from vos.inputs import BadInput, read_json, read_paths
-from vos.outputs import check_output, new_file
+from vos.outputs import check_output, locked, whole_file
 
 OUTPUT = re.compile(r"outputs/[\w.-]{1,190}\.png", re.ASCII)
 
@@ -66,7 +66,6 @@ def check(folder: Path) -> tuple[list[str], dict, list[str]]:
 
 def main() -> int:
     args = parse_args()
-    distributed.refuse_several()
     mode = cli.wandb_mode(args.wandb)
     used: list[str] = []
     folder = cli.fetch(args.results, mode, used)
@@ -86,15 +85,15 @@ def main() -> int:
     names = [*outputs, "paths.json", "metadata.json"]
     job = "run-val" if metadata.get("annotated") else "run-test"
     logged = cli.tracked(mode, job, vars(args), used)
-    with new_file(out, "submission", args.overwrite, [folder]) as temporary, logged as log:
+    with locked(out), whole_file(out) as temporary, logged as log:
+        check_output(out, "submission", args.overwrite, [folder])  # made just before by another?
         with zipfile.ZipFile(temporary, "w") as archive:  # not deflated: PNGs are already
             for entry in map(zipfile.ZipInfo, names):  # dated 1980, for the same bytes always
                 entry.external_attr = 0o644 << 16
                 archive.writestr(entry, (folder / entry.filename).read_bytes())
         if log:
-            from vos import tracking
             files = {name: folder / name for name in names}
-            tracking.log_results(log, str(metadata.get("decoder", "model")), files, metadata)
+            log.artifact(f"{metadata.get('decoder', 'model')}-result", "result", files, metadata)
     cli.say(f"wrote {out}: {len(outputs)} outputs, nparams {metadata['nparams']:,}")
     return 0
 

@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import math
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -24,7 +25,6 @@ import models
 from models import DECODERS, Decoder, Recipe
 from vos import cli, contest, distributed, pictures, runs
 from vos.inputs import BadInput
-from vos.layers import count_parameters
 from vos.outputs import Stopped, check_output, write_json
 
 MAY_CHANGE = ("device", "threads", "wandb", "overwrite", "debug", "resume")  # when resuming
@@ -62,7 +62,8 @@ def parse_args() -> argparse.Namespace:
 
     args = parser.parse_args()
     if args.resume:
-        args = runs.recall(args.resume, parser, args, MAY_CHANGE)
+        from vos import resuming
+        args = resuming.recall(args.resume, parser, args, MAY_CHANGE)
     if not args.features:
         parser.error("--features: expected a folder written by featurize.py, or wandb:...")
     if bool(args.val_features) + bool(args.holdout) + bool(args.folds) > 1:
@@ -74,8 +75,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def make_optimizer(decoder: Decoder, recipe: Recipe) -> torch.optim.Optimizer:
-    """Return what changes the weights: anything with param_groups, zero_grad() and step() will
-    do."""
+    """Return what changes the weights: anything with param_groups, zero_grad() and step() does."""
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer]
     return kind(decoder.parameters(), recipe.lr, weight_decay=recipe.weight_decay, fused=True)
 
@@ -83,8 +83,7 @@ def make_optimizer(decoder: Decoder, recipe: Recipe) -> torch.optim.Optimizer:
 def make_schedule(optimizer, recipe: Recipe) -> torch.optim.lr_scheduler.LRScheduler | None:
     """Return what changes the learning rate after each step; None for a constant one.
 
-    onecycle: Smith and Topin, "Super-Convergence", 2018. It rises for a tenth of the steps, two at
-    least.
+    onecycle: Smith and Topin, "Super-Convergence", 2018; it rises for a tenth of the steps.
     """
     if recipe.schedule == "constant":
         return None
@@ -112,24 +111,24 @@ def fit(decoder: Decoder, training: data.Features, validation: data.Features | N
     decoder.to(device).standardise(training)
     check_decoder(decoder, training)
     targets = data.pool_masks(training, decoder.cells)  # [N, gh, gw]
-    clips = np.array(training.folder.meta["clips"])[training.index]  # a view counts as one
+    clips = np.array(training.folder.meta["clips"])[training.index]  # a view counts as a clip
     optimizer = make_optimizer(decoder, recipe)
     schedule = make_schedule(optimizer, recipe)
 
-    kept = {"decoder": decoder, "optimizer": optimizer, "schedule": schedule}  # to resume from
-    parts = {name: part for name, part in kept.items() if hasattr(part, "state_dict")}
+    parts = {"decoder": decoder, "optimizer": optimizer, "schedule": schedule}  # to resume from
+    parts = {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
     state: dict = {"step": 0, "best": -1.0, "losses": []}
     if resume:
-        state = runs.load_state(out, parts, state, write=group.main)
+        from vos import resuming
+        state = resuming.load_state(out, parts, state, write=group.main)
     best, losses = state["best"], [loss.to(device) for loss in state["losses"]]
     forward = torch.compile(group.wrap(decoder)) if compiled else group.wrap(decoder)
-    bar = cli.progress(range(state["step"], recipe.steps), "train")
-
     if tracker:
         tracker.watch(decoder, log_every)
+
     decoder.train()
     with runs.stop_signals() as stop:
-        for step in bar:
+        for step in cli.progress(range(state["step"], recipe.steps), "train"):
             # the batch: order and noise depend on (seed, step) alone, so a resumed run is the same
             torch.manual_seed(seed + 1 + step)
             order = data.batch_order(clips, recipe.batch_size, recipe.order, seed, step)
@@ -183,15 +182,14 @@ def check_decoder(decoder: Decoder, training: data.Features) -> None:
 
 
 def mean_loss(losses: list[torch.Tensor], step: int, group: distributed.Group) -> float:
-    """Return the mean of the losses up to `step`. Raises FloatingPointError at one that is not
-    finite."""
-    values = group.sum(torch.stack(losses)).tolist()
-    bad = [step + 1 - len(values) + number for number, value in enumerate(values)
-           if not math.isfinite(value)]
-    if bad:
-        raise FloatingPointError(f"the loss is not finite at step {bad[0]}; the last good "
-                                 "checkpoint is kept; try a lower --lr")
-    return sum(values) / len(values)
+    """Return the mean of the losses up to `step`. Raises FloatingPointError at one not finite."""
+    values = group.sum(torch.stack(losses))
+    bad = (~values.isfinite()).nonzero()
+    if len(bad):
+        at = step + 1 - len(losses) + int(bad[0])
+        raise FloatingPointError(f"the loss is not finite at step {at}; the last good checkpoint "
+                                 "is kept; try a lower --lr")
+    return values.mean().item()
 
 
 @torch.no_grad()
@@ -279,14 +277,13 @@ def main() -> None:
     description = models.describe(decoder, folders[0], levels)
     for folder in folders:
         folder.check_fit(description, folders[0].path, decoder.cues > 0)
-    if args.resume:
-        runs.check_same_features(out, folders)
-    elif group.main:
+    if group.main and not args.resume:
         check_output(out, "run", args.overwrite, inputs)
     features = [data.load_features(folder, levels, decoder.cues > 0, device, args.resident)
                 for folder in folders]
     held_out = choose_held_out(features[0], args)
-    nparams = count_parameters(decoder) + description["featurizer_parameters"]
+    nparams = sum(weight.numel() for weight in decoder.parameters())
+    nparams += description["featurizer_parameters"]
     if group.main:
         print(f"{args.decoder} on {description['featurizer']}, {device}: {nparams:,} parameters of "
               f"at most {contest.LIMIT - 1:,}; {recipe.steps} steps of {recipe.batch_size} from "
@@ -310,7 +307,8 @@ def main() -> None:
             best = fit(decoder, training, validation, recipe,
                        out / f"fold-{number}" if args.folds else out, seed=args.seed, facts=facts,
                        log_every=args.log_every, resume=bool(args.resume), amp=args.amp,
-                       compiled=args.compile, draw=not args.no_pictures, group=group, tracker=log)
+                       compiled=args.compile, draw=not args.no_pictures, group=group,
+                       tracker=None if args.folds else log)
             results.append(validate(decoder, validation, group) if args.folds else best)
         if log and not args.folds:
             from vos import tracking
@@ -326,9 +324,9 @@ def main() -> None:
         cli.say(f"wrote {out}: val IoU {mean:.4f}, the mean of {args.folds} folds at the last step")
     elif group.main:
         cli.say(f"wrote {out}: model.pt" + ("" if best is None else f", val IoU {best:.4f}"))
-        there = cli.quote(args.val_features or args.features)
-        cli.say(f"next: python evaluate.py --model {cli.quote(out)} --features {there}")
+        there = shlex.quote(args.val_features or args.features)
+        cli.say(f"next: python evaluate.py --model {shlex.quote(str(out))} --features {there}")
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(cli.run(main, several=True))

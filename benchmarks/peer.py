@@ -42,9 +42,11 @@ def run_peer(args: argparse.Namespace) -> dict[str, float]:
 def run_ours(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     """Return the same of this project's scripts."""
     features = {split: folder / split for split in ("train", "val")}
-    commands: list[tuple] = [("featurize", ROOT / "featurize.py", "--data", args.data, "--split", split,
-                 "--featurizer", "alexnet", "--weights", args.weights, "--compute", args.compute,
-                 "--out", features[split]) for split in features]
+    commands: list[tuple] = []
+    for split, place in features.items():
+        commands.append(("featurize", ROOT / "featurize.py", "--data", args.data, "--split", split,
+                         "--featurizer", "alexnet", "--weights", args.weights, "--compute",
+                         args.compute, "--out", place))
     commands.append(("train", ROOT / "train.py", "--features", features["train"], "--log-every",
                      1000, "--no-pictures", "--out", folder / "run"))
     commands.append(("predict, write, score", ROOT / "evaluate.py", "--model", folder / "run",

@@ -113,7 +113,8 @@ def log_of(run: Path) -> list[dict]:
 def write_davis(root: Path, clips: int = 2, val_clips: int = 1, frames: int = 4,
                 size: tuple[int, int] = (96, 128), seed: int = 0) -> Path:
     """Write a DAVIS root of synthetic clips, with 2016's lists."""
-    sample.write_dataset(root, clips, val_clips, frames, *size, seed)
+    sample.main([f"--out={root}", f"--clips={clips}", f"--val-clips={val_clips}",
+                 f"--frames={frames}", "--size={}x{}".format(*size), f"--seed={seed}"])
     return root
 
 

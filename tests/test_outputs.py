@@ -20,9 +20,8 @@ PLACES = {  # what --out names, in the folder `world`: words of the refusal
     "/": "one above", ".": "current folder", "..": "one above", "home": "your home",
     "data": "what this command reads", "shelf": "what this command reads",
     "data/new": "lies in it", "data/../shelf": "what this command reads",
-    "link": "name what it leads to", "dangling": "name what it leads to", "circle/new": "circle",
+    "link": "name what it leads to", "dangling": "name what it leads to", "circle/new": "cannot be",
     "pipe": "expected a", "/dev/null": "expected a", "file/new": "cannot be written",
-    "a\0b": "a\0b",
 }
 
 
@@ -36,7 +35,8 @@ def write_files(folder: Path, names: list[str]) -> Path:
 def make(out: Path, kind: str = "run", overwrite: bool = True, inputs=(), keep=False) -> None:
     """Make a folder with one file in it through the door, or a file."""
     if kind == "submission":
-        with outputs.new_file(out, kind, overwrite, inputs) as file:
+        outputs.check_output(out, kind, overwrite, inputs)
+        with outputs.locked(out), outputs.whole_file(out) as file:
             file.write_text("new")
         return
     with outputs.new_folder(out, kind, overwrite, inputs, keep) as folder:

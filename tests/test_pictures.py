@@ -1,6 +1,4 @@
 """Overlays, PNGs and curves: which pixels change, what is on disk, what the drawing says."""
-import base64
-import io
 import re
 import xml.etree.ElementTree as ElementTree
 
@@ -8,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vos import pictures
+from vos import pictures, results
 
 
 def test_overlay_changes_the_fill_and_the_outline_and_nothing_else():
@@ -44,21 +42,11 @@ def test_the_two_colours_differ_in_lightness_too():
     assert (light + 0.05) / (dark + 0.05) > 2
 
 
-@pytest.mark.parametrize("size, expected", [
-    ((480, 854), (270, 480)), ((854, 480), (480, 270)), ((64, 91), (64, 91)), ((960, 1), (480, 1))])
-def test_jpeg_uri_decodes_to_the_picture_made_small(size, expected):
-    frame = np.full((*size, 3), (10, 200, 255), np.uint8)
-    head, data = pictures.jpeg_uri(frame).split(",")
-    assert head == "data:image/jpeg;base64"
-    back = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
-    assert back.shape == (*expected, 3) and np.abs(back.astype(int) - (10, 200, 255)).max() < 5
-
-
 @pytest.mark.parametrize("height, width", [(1, 1), (3, 8), (40, 61)])
 def test_a_grey_png_decodes_to_its_pixels(tmp_path, height, width):
     pixels = np.random.default_rng(0).integers(0, 256, (height, width), np.uint8)
     for image in (pixels, np.zeros_like(pixels)):
-        pictures.write_grey(tmp_path / "mask.png", image)
+        results.write_grey(tmp_path / "mask.png", image)
         with Image.open(tmp_path / "mask.png") as back:
             assert back.mode == "L" and back.format == "PNG"
             assert np.array_equal(np.asarray(back), image)

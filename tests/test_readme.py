@@ -45,7 +45,7 @@ def commands(text: str, inline: bool = False) -> list[list[str]]:
 def parse(file: str, flags: list[str]) -> None:
     """Take flags apart as a script does, which raises BadInput for a wrong one."""
     run = argparse.Namespace(features="f", val_features=None, holdout=0, folds=None)  # to resume
-    recall = mock.patch("vos.runs.recall", return_value=run)
+    recall = mock.patch("vos.resuming.recall", return_value=run)
     with mock.patch.object(sys, "argv", [file, *flags]), recall:
         importlib.import_module(file.removesuffix(".py")).parse_args()
 

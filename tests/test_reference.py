@@ -18,7 +18,6 @@ from helpers import SHARED, call, log_of, ok, script
 
 import data
 from vos import clips, featurizers, images
-from vos.masks import decide_meaning
 
 DAVIS, REFERENCE = SHARED / "davis", SHARED / "reference"
 WEIGHTS = SHARED / "weights/alexnet-features.pth"
@@ -60,11 +59,10 @@ def test_kept_features_are_those_of_the_code_as_it_is(features):
         assert len(frames) == {"train": 1209, "val": 420}[split]
         array = np.load(path / "features.npy", mmap_mode="r")
         masks = np.load(path / "masks.npy", mmap_mode="r")
-        meaning = decide_meaning([frame.annotation for frame in frames[11::200]], 1)
+        meaning = clips.decide_meaning([frame.annotation for frame in frames[11::200]], 1)
         for index in range(11, len(frames), 200):
             image = images.read_image(frames[index].image)
-            level, = featurizers.run_featurizer(featurizer, [image], (480, 854),
-                                                torch.device("cpu"))
+            level, = featurizer(torch.from_numpy(image).permute(2, 0, 1)[None])
             np.testing.assert_allclose(array[index], level[0].numpy(), rtol=1e-3, atol=1e-4)
             packed = clips.read_packed_masks([frames[index]], meaning, (480, 854), 1)
             np.testing.assert_array_equal(masks[index], next(iter(packed)))

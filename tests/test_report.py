@@ -1,4 +1,6 @@
 """The report in headless Chromium, driven over WebDriver's HTTP protocol; and what needs none."""
+import base64
+import io
 import json
 import re
 import shutil
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vos import pictures, report
+from vos import pictures, results
 
 CLIPS = ["clip-10", "clip-9", "<i>&\"nasty\"</i>", "clip-2"]
 LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever the proxy
@@ -92,7 +94,7 @@ def page(tmp_path_factory):
     Image.new("RGB", (40, 30)).save(folder / "overlays/a & b.gif")
     pictures.write_curves(folder / "curves.svg", [{"step": 0, "loss": 1}, {"step": 9, "loss": 0.5}])
     facts = {"model": "<b>linear</b>", "command": "python evaluate.py " + "runs/long-name/" * 12}
-    report.write_report(folder / "report.html", "A <report>", *invent(), picture, facts,
+    results.write_report(folder / "report.html", "A <report>", *invent(), picture, facts,
                         ["overlays/a & b.gif", "overlays/c.mp4"],
                         (folder / "curves.svg").read_text())
     return folder / "report.html"
@@ -136,7 +138,7 @@ def test_page_fits_shows_its_pictures_and_names_and_says_when_a_table_scrolls(br
 
 
 def test_report_without_annotations_shows_no_scores_and_no_truth(browser, tmp_path):
-    report.write_report(tmp_path / "report.html", "Bare", *invent(scored=False), picture, {})
+    results.write_report(tmp_path / "report.html", "Bare", *invent(scored=False), picture, {})
     browser.open(tmp_path / "report.html", 375)
     text = browser.run("return document.body.innerText")
     assert "No annotations" in text and "First: frame 00000" in text
@@ -150,8 +152,20 @@ def test_report_without_annotations_shows_no_scores_and_no_truth(browser, tmp_pa
     ([None, None, None, None], [("First", 0), ("Middle", 2), ("Last", 3)]),
 ])
 def test_frames_chosen(ious, expected):
-    rows = [{"index": index, "iou": iou} for index, iou in enumerate(ious)]
-    assert [(word, row["index"]) for word, row in report.choose_frames(rows)] == expected
+    rows = [{"index": index, "frame": index, "iou": iou} for index, iou in enumerate(ious)]
+    section = results.clip_section("a", rows, picture)
+    found = re.findall(r"<figcaption>(\w+): frame (\d)", section)
+    assert [(word, int(index)) for word, index in found] == expected
+
+
+@pytest.mark.parametrize("size, expected", [
+    ((480, 854), (270, 480)), ((854, 480), (480, 270)), ((64, 91), (64, 91)), ((960, 1), (480, 1))])
+def test_a_picture_is_made_small(size, expected):
+    frame = np.full((*size, 3), (10, 200, 255), np.uint8)
+    section = results.clip_section("a", [{"index": 0, "frame": 0}], lambda index: frame)
+    data, = re.findall('src="data:image/jpeg;base64,([^"]*)"', section)
+    back = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+    assert back.shape == (*expected, 3) and np.abs(back.astype(int) - (10, 200, 255)).max() < 5
 
 
 def test_report_fetches_only_what_lies_beside_it(page):

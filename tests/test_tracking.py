@@ -37,7 +37,7 @@ def log_everything(run, home):
     tracking.log_features(run, features, "alexnet", "train", {"levels": ["s16"]})
     tracking.log_model(run, "linear", home / "model.pt", checkpoints, {"val_iou": 0.5})
     files = {"outputs/00000.png": output, "paths.json": features / "paths.json"}
-    tracking.log_results(run, "linear", files, {"nparams": 12})
+    run.artifact("linear-result", "result", files, {"nparams": 12})
     rows = [(output, MASK.astype(np.uint8) * 255, -1.0)]
     tracking.log_scores(run, "linear", "val", rows, {"mean_iou": 0.25})
 
@@ -87,7 +87,7 @@ def advice(printed):
     return printed.split("what is missing there: wandb sync ")[1].splitlines()[0].split()
 
 
-def test_the_mode_is_the_flag_then_the_environment(monkeypatch):
+def test_the_mode_is_the_flag_then_the_environment(server, monkeypatch):
     assert tracking.choose_mode(None) == "disabled"
     monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
     assert tracking.choose_mode(None) == "online"
@@ -103,7 +103,7 @@ def test_the_mode_is_the_flag_then_the_environment(monkeypatch):
 def test_without_wandb_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as where the package is not installed
     with pytest.raises(BadInput, match=r"^--wandb offline: cannot be used .*pip install wandb"):
-        tracking.check_account("offline")
+        tracking.choose_mode("offline")
     with pytest.raises(BadInput, match=r"^wandb:e/p/n:latest: not in the cache .*import of wandb"):
         tracking.fetch("wandb:e/p/n:latest", "disabled")
 
@@ -114,12 +114,12 @@ def test_no_key_and_nobody_to_ask(server, monkeypatch, capfd, key, said):
     monkeypatch.setenv("WANDB_API_KEY", key)
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     with pytest.raises(BadInput, match=f"^--wandb online: cannot be used .*{said}") as caught:
-        tracking.check_account("online")
+        tracking.choose_mode("online")
     assert "\n" not in str(caught.value) and "set WANDB_API_KEY" in str(caught.value)
     assert capfd.readouterr().err == "" and server.operations == []
-    assert tracking.check_account("offline") == "offline"  # which needs none
+    assert tracking.choose_mode("offline") == "offline"  # which needs none
     monkeypatch.setenv("RANK", "1")
-    assert tracking.check_account("online") == "online"  # of several processes, the first asks
+    assert tracking.choose_mode("online") == "online"  # of several processes, the first asks
 
 
 def test_redact_takes_out_keys_and_passwords(monkeypatch):
@@ -144,7 +144,7 @@ def test_a_password_in_the_servers_address_is_not_printed(monkeypatch, capfd):
 
 def test_an_online_run_arrives_whole(tmp_path, server, monkeypatch, capfd):
     monkeypatch.setenv("WANDB_MODE", "offline")  # the flag goes first
-    assert tracking.check_account("online") == "online"
+    assert tracking.choose_mode("online") == "online"
     server.publish("davis2016-train", "dataset", {"paths.json": b"{}"})
     config = {"lr": 5e-4, "out": tmp_path, "note": f"my key is {KEY}"}
     with tracking.start("online", "train", config, [f"{ENTITY}/davis/davis2016-train:v0"]) as run:

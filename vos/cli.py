@@ -1,13 +1,12 @@
 """What every script's command line shares: its flags, its device, and how it fails.
 
-A script ends with `sys.exit(run(main))` under `if __name__ == "__main__"`, so that bad input ends
-in one line on standard error and exit status 2, without a traceback.
+A script ends with `sys.exit(run(main))`, so that bad input ends in one line and exit status 2.
 """
 import argparse
 import contextlib
 import ctypes
 import os
-import shlex
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -64,10 +63,7 @@ def count(most: int, least: int = 1) -> Callable:
 
 def parse_levels(text: str) -> list[str]:
     """Parse "s8,s16@.5" into canonical names of levels (argparse type)."""
-    try:
-        return list(dict.fromkeys(level_name(*parse_level(level)) for level in text.split(",")))
-    except BadInput as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    return list(dict.fromkeys(level_name(*parse_level(level)) for level in text.split(",")))
 
 
 def parse_level(level: str) -> tuple[str, float]:
@@ -97,6 +93,8 @@ def choose_device(name: str) -> torch.device:
         found = torch.accelerator.current_accelerator(check_available=True)
         return found if found and found.type in ("cuda", "mps") else torch.device("cpu")
     try:
+        if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+            raise RuntimeError("expected cpu, cuda, cuda:N or mps")
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -110,39 +108,31 @@ def progress(items: Iterable, what: str, total: int | None = None) -> tqdm:
     return tqdm(items, desc=what, total=total, disable=not shown, dynamic_ncols=True, leave=False)
 
 
-def say(text: str) -> None:
-    """Print a line that may hold names of files, which a terminal shows and does not obey."""
-    print(one_line(text))
+def say(text: str, **where) -> None:
+    """Print a line in which control characters, of a file's name say, are spelled out."""
+    shown = (letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+    print("".join(shown), **where)
 
 
 def complain(text: str) -> None:
     """As `say`, on standard error, if there is one."""
     with contextlib.suppress(OSError, ValueError):
-        print(one_line(text), file=sys.stderr, flush=True)
-
-
-def one_line(text: str) -> str:
-    """Return text that may come from a hostile file with its control characters spelled out."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
-
-
-def quote(path: Path | str) -> str:
-    """Return a path as a shell takes it."""
-    return shlex.quote(str(path))
+        say(text, file=sys.stderr, flush=True)
 
 
 def wandb_mode(flag: str | None) -> str:
     """Return where to log: what --wandb says, else WANDB_MODE or a sweep's agent, else disabled."""
-    if flag is None and not {"WANDB_MODE", "WANDB_SWEEP_ID"} & os.environ.keys():
-        return "disabled"
+    default = "online" if os.environ.get("WANDB_SWEEP_ID") else "disabled"
+    mode = flag or os.environ.get("WANDB_MODE", "").lower() or default
+    if mode == "disabled":
+        return mode
     from vos import tracking
-    mode = tracking.choose_mode(flag)
-    return tracking.check_account(mode) if mode != "disabled" else mode
+    return tracking.choose_mode(mode)
 
 
 def fetch(source: str | None, mode: str, used: list[str]) -> Path | None:
     """Return `source` as a path; of a "wandb:...", fetched, the full name is added to `used`."""
-    if source is None or not source.startswith("wandb:"):
+    if not str(source).startswith("wandb:"):
         return None if source is None else Path(source)
     from vos import tracking
     folder, name = tracking.fetch(source, mode)
@@ -158,21 +148,18 @@ def tracked(mode: str, job: str, config: dict, used: list[str]):
     return tracking.start(mode, job, config, used)
 
 
-def keep_freed_memory() -> None:
-    """Have glibc keep freed memory, which saves a tenth of AlexNet's time, a quarter of Lite0's."""
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
+def run(main: Callable[[], int | None], several: bool = False) -> int:
+    """Call `main`, in one process or `several`; return its status, or 2 and a line on bad input."""
+    with contextlib.suppress(OSError, AttributeError):  # glibc, told to keep freed memory, saves
+        libc = ctypes.CDLL("libc.so.6")  # a tenth of AlexNet's time and a quarter of Lite0's
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing is trimmed
-
-
-def run(main: Callable[[], int | None]) -> int:
-    """Call `main`; return its status, or 2 with one line on standard error for bad input."""
-    keep_freed_memory()
     for stream in (sys.stdout, sys.stderr):  # a terminal that knows only ASCII
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
+        if not several and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise BadInput("runs as one process; start it with python, without torchrun")
         return main() or 0
     except BrokenPipeError:  # the reader of our output (head, less) went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

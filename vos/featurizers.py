@@ -4,7 +4,6 @@ import hashlib
 import itertools
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -114,13 +113,14 @@ class Timm(nn.Module):
         return dict(zip(self.taps, maps))
 
 
+CPU = torch.device("cpu")
 # To add one, write a network with `mean`, `std`, `default` levels, `taps` (by level), `cut(levels)`
 # (drops what they do not need) and `forward` (normalised frames to {level: map}).
 FEATURIZERS: dict[str, Any] = {"alexnet": AlexNet, **dict.fromkeys(VARIANTS, EfficientNetLite)}
 
 
 def build_featurizer(name: str, levels: list[str] | None, weights: str | None,
-                     compute: torch.dtype = torch.float32) -> Featurizer:
+                     compute: str = "float32", device: torch.device = CPU) -> Featurizer:
     """Return it frozen; weights: None (pretrained), "random", or a file. Raises BadInput."""
     if name not in FEATURIZERS and not name.startswith("timm:"):
         raise BadInput(f"--featurizer {name}: unknown; expected {', '.join(FEATURIZERS)}, or "
@@ -139,40 +139,10 @@ def build_featurizer(name: str, levels: list[str] | None, weights: str | None,
     for level in levels:
         if parse_level(level)[0] not in network.taps:
             raise BadInput(f"--levels {level}: {name} has {', '.join(network.taps)}")
-    return Featurizer(name, network, levels, compute)
-
-
-def count_flops(featurizer: Featurizer, size: tuple[int, int]) -> int:
-    """Count a frame's floating-point operations, a multiply-add as two, computing nothing."""
-    from torch.utils.flop_counter import FlopCounterMode
-    with FlopCounterMode(display=False) as counter:
-        featurizer.shapes(size)
-    return counter.get_total_flops()
-
-
-def choose_compute(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype --compute names; auto is bfloat16 where the device has it, else float32."""
-    if name != "auto":
-        return getattr(torch, name)
-    on_cpu = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if on_cpu or device.type == "cuda" else torch.float32
-
-
-@torch.inference_mode()
-def run_featurizer(featurizer: Featurizer, images: list[np.ndarray], size: tuple[int, int],
-                   device: torch.device) -> list[torch.Tensor]:
-    """Return the levels of frames uint8 [H, W, 3] at `size`; in halves where memory is short."""
-    frames = [torch.from_numpy(image).permute(2, 0, 1)[None] for image in images]
-    batch = torch.cat([resize(frame, size).permute(0, 2, 3, 1) for frame in frames])
-    try:
-        return featurizer(batch.to(device).permute(0, 3, 1, 2))  # channels last in memory
-    except torch.OutOfMemoryError:
-        if len(images) == 1:
-            raise
-    torch.accelerator.empty_cache()
-    halves = images[:len(images) // 2], images[len(images) // 2:]
-    parts = [run_featurizer(featurizer, part, size, device) for part in halves]
-    return [torch.cat(level) for level in zip(*parts)]
+    if compute == "auto":  # bfloat16 where that is fast
+        fast = device.type == "cuda" or (device == CPU and torch.cpu._is_avx512_bf16_supported())
+        compute = "bfloat16" if fast else "float32"
+    return Featurizer(name, network, levels, getattr(torch, compute)).to(device)
 
 
 def resize(frames: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:

@@ -5,15 +5,11 @@
         cues.<level>.npy [N, 4, h, w], float16: what the whole clip tells about each position
         masks.npy        [N, H, ceil(W / 8)] uint8, np.packbits along W; absent without annotations
         paths.json       {"raw": {"0": path, ...}, "annotation": {...}}, relative to meta's "data"
-        meta.json        everything else
+        meta.json        everything else, as main() in featurize.py writes it
 
 N rows: all frames, then all frames once more for each view; C channels, h w feature grid, H W mask.
-meta.json holds: format; featurizer; levels, {level: [C, h, w]}, coarse to fine; dtype of features;
-weights, a digest of the featurizer's; parameters of the featurizer, and flops_per_frame;
-preprocessing; size, [H, W] of masks.npy and of what the featurizer saw; sizes, [H, W] of every
-row's frame, or null: all the same; clips and names, of every row; labelled, whether each row has a
-mask, or null: all or none; views; cues, their version or null; sha256, {file: digest}; data, the
-folder that paths start from; split; versions.
+In meta.json "levels" are {level: [C, h, w]}, coarse to fine; null are "sizes" that all are "size",
+"labelled" when all rows have a mask or none has, "cues" (their version) when there are none.
 """
 import math
 from collections.abc import Sequence
@@ -34,39 +30,17 @@ class FeatureFolder(NamedTuple):
     path: Path
     meta: dict
     paths: dict[str, list[str]]  # "raw" and maybe "annotation"
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, int, int]]:
-        """(C, h, w) of each level, coarse to fine."""
-        return {level: tuple(shape) for level, shape in self.meta["levels"].items()}
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(H, W) of the masks."""
-        return tuple(self.meta["size"])
-
-    @property
-    def frames(self) -> int:
-        """How many rows are frames themselves: the first ones."""
-        return len(self.meta["clips"]) // (1 + len(self.meta["views"]))
-
-    @property
-    def clips(self) -> np.ndarray:
-        """The clip that each row shows, itself or in a view, [N]."""
-        return np.tile(self.meta["clips"][:self.frames], 1 + len(self.meta["views"]))
-
-    @property
-    def arrays(self) -> dict[str, tuple[int, ...]]:
-        """File and shape of every array."""
-        return list_arrays(self.meta, "masks.npy" in self.meta["sha256"])
+    shapes: dict[str, tuple[int, int, int]]  # (C, h, w) of each level, coarse to fine
+    size: tuple[int, int]  # (H, W) of the masks
+    frames: int  # how many rows are frames themselves: the first ones
+    clips: np.ndarray  # the clip that each row shows, itself or in a view, [N]
 
     def check_levels(self, levels: Sequence[str], cues: bool) -> None:
         """Raise BadInput when one of `levels` is missing, or the cues that a decoder wants."""
         for level in levels:
             if level not in self.shapes:
-                raise BadInput(f"{self.path}: has no level {level!r}, only "
-                               f"{', '.join(self.shapes)}; featurize with --levels "
-                               f"{','.join(levels)}")
+                raise BadInput(f"{self.path}: has no level {level!r}, only {', '.join(self.shapes)}"
+                               f"; featurize with --levels {','.join(levels)}")
         if cues and self.meta["cues"] is None:
             raise BadInput(f"{self.path}: has no cues for this decoder; featurize with --cues")
 
@@ -74,7 +48,6 @@ class FeatureFolder(NamedTuple):
         """Return what a model must remember of the features it was trained on."""
         meta = self.meta
         return {"featurizer": meta["featurizer"], "weights": meta["weights"], "size": meta["size"],
-                "featurizer_levels": list(meta["levels"]),
                 "featurizer_flops": meta["flops_per_frame"],
                 "featurizer_parameters": meta["parameters"],
                 "shapes": {level: meta["levels"][level] for level in levels}}
@@ -112,16 +85,28 @@ def open_features(path: str | Path) -> FeatureFolder:
     path = Path(path)
     if not path.is_dir():
         raise BadInput(f"{path}: no such feature folder; featurize.py makes one")
-    folder = FeatureFolder(path, read_meta(path / "meta.json"), read_paths(path / "paths.json"))
-    for name, shape in folder.arrays.items():
-        check_array(path / name, shape)
-        if not isinstance(folder.meta["sha256"].get(name), str):
-            raise BadInput(f"{path / 'meta.json'}: lacks the SHA-256 of {name}; {AGAIN}")
-    found = {name: len(paths) for name, paths in folder.paths.items()}
-    rows = len(folder.meta["clips"])
+    meta, paths = read_meta(path / "meta.json"), read_paths(path / "paths.json")
+    wanted = {"m": ["uint8"], "c": ["float16"], "f": ["float16", "float32"]}  # by the first letter
+    for name, shape in list_arrays(meta, "masks.npy" in meta["sha256"]).items():
+        file, dtypes = path / name, wanted[name[0]]
+        with opened(file):
+            try:
+                array = np.lib.format.open_memmap(file, "r")
+            except Exception as error:  # numpy parses the header as Python, damaged or not
+                reason = (str(error) or "damaged").splitlines()[0]
+                raise BadInput(f"{file}: is no whole .npy array ({reason}); {AGAIN}") from error
+        if array.shape != shape or array.dtype not in dtypes or not array.flags.c_contiguous:
+            raise BadInput(f"{file}: holds {array.dtype} {list(array.shape)}, but meta.json says "
+                           f"{'/'.join(dtypes)} {list(shape)}; {AGAIN}")
+
+    found, rows = {name: len(column) for name, column in paths.items()}, len(meta["clips"])
     if set(found.values()) != {rows} or "raw" not in found:
         raise BadInput(f"{path / 'paths.json'}: has {found}, not {rows} paths in 'raw'; {AGAIN}")
-    return folder
+
+    shapes = {level: (c, h, w) for level, (c, h, w) in meta["levels"].items()}
+    looks = 1 + len(meta["views"])
+    clips = np.tile(meta["clips"][:rows // looks], looks)
+    return FeatureFolder(path, meta, paths, shapes, tuple(meta["size"]), rows // looks, clips)
 
 
 def read_meta(file: Path) -> dict:
@@ -143,27 +128,13 @@ def read_meta(file: Path) -> dict:
             "names": len(meta["names"]) == rows > 0 and rows % (1 + len(meta["views"])) == 0,
             "cues": meta["cues"] is None or type(meta["cues"]) is int,
             "parameters": 0 <= meta["parameters"] + meta["flops_per_frame"] < 1 << 63,
-            "sha256": isinstance(meta["sha256"], dict),
+            "sha256": list_arrays(meta, masks=False).keys() <= meta["sha256"].keys(),
             "data": all(isinstance(meta[key], str) for key in ("featurizer", "weights", "data")),
         }
-        for key, fine in sound.items():
-            if not fine:
-                raise KeyError(key)
+        wrong = [key for key, fine in sound.items() if not fine]
+        if wrong:
+            raise KeyError(wrong[0])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadInput(f"{file}: {error} is missing, or not as featurize.py writes it; "
                        f"{AGAIN}") from error
     return meta
-
-
-def check_array(file: Path, shape: tuple[int, ...]) -> None:
-    """Raise BadInput unless an .npy file has that shape, a fitting dtype, and its whole length."""
-    wanted = {"m": ["uint8"], "c": ["float16"], "f": ["float16", "float32"]}[file.name[0]]
-    with opened(file):
-        try:
-            array = np.lib.format.open_memmap(file, "r")
-        except Exception as error:  # numpy parses the header as Python: damaged, it raises anything
-            reason = (str(error) or "damaged").splitlines()[0]
-            raise BadInput(f"{file}: is no whole .npy array ({reason}); {AGAIN}") from error
-    if array.shape != shape or array.dtype not in wanted or not array.flags.c_contiguous:
-        raise BadInput(f"{file}: holds {array.dtype} {list(array.shape)}, but meta.json says "
-                       f"{'/'.join(wanted)} {list(shape)}; {AGAIN}")

@@ -40,11 +40,6 @@ def read_image(path: Path) -> np.ndarray:
         return np.array(ImageOps.exif_transpose(image).convert("RGB"))
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """Return (H, W) of a frame as it is shown."""
-    return read_image(path).shape[:2]
-
-
 def write_image(path: Path, pixels: np.ndarray, **options) -> None:
     """Write uint8 or bool pixels, with options of Pillow's `save`, such as the path's `format`."""
     memory = io.BytesIO()  # Pillow, given a file, does not notice a disk that takes only a part

@@ -1,8 +1,5 @@
-"""Parts of the decoders.
-
-B batch, C channels, h w feature grid.
-"""
-from collections.abc import Iterable
+"""Parts of the decoders. B batch, C channels, h w feature grid."""
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +7,7 @@ from torch import nn
 
 
 class Block(nn.Module):
-    """x + ReLU(GroupNorm(3x3 convolution of x)), [B, C, h, w] to the same; dilation sees
-    further."""
+    """x + ReLU(GroupNorm(3x3 convolution of x)), [B, C, h, w] to the same; dilation sees more."""
 
     def __init__(self, channels: int, dilation: int):
         super().__init__()
@@ -24,11 +20,7 @@ class Block(nn.Module):
 
 
 class Standardise(nn.Module):
-    """Subtract each channel's mean, divide by its standard deviation; both set by
-    `fit_standardise`.
-
-    keep: then only the first so many principal components; 0 for all channels as they are.
-    """
+    """Standardise each channel; then take the first `keep` principal components (0: all as is)."""
 
     mean: torch.Tensor
     std: torch.Tensor
@@ -66,32 +58,21 @@ def fit_standardise(norms: Iterable, features) -> None:
         std = covariance.diagonal().clamp_min(0).sqrt() + 1e-3
         norm.mean.copy_(mean[:, None, None])
         norm.std.copy_(std[:, None, None])
-        if hasattr(norm, "basis"):
-            norm.basis.copy_(principal_directions(covariance / (std[:, None] * std), norm.outputs))
+        if not hasattr(norm, "basis"):
+            continue
 
-
-def principal_directions(covariance: torch.Tensor, count: int) -> torch.Tensor:
-    """Return the first directions of [C, C], [count, C], scaled so that mean variance becomes 1."""
-    covariance = covariance + 1e-6 * torch.eye(len(covariance), device=covariance.device)
-    variances, vectors = torch.linalg.eigh(covariance)  # by rising variance
-    variances, directions = variances.flip(0)[:count], vectors.flip(1).T[:count]
-    signs = torch.sign(directions.sum(1, keepdim=True))  # fixed, or machines would differ
-    return directions * signs / variances.mean().sqrt()
-
-
-def mirror(x: torch.Tensor) -> torch.Tensor:
-    """Swap left and right of [..., w]."""
-    return x.flip(-1)
+        # the directions of most variance, scaled so that its mean becomes 1
+        covariance /= std[:, None] * std
+        covariance += 1e-6 * torch.eye(len(mean), device=mean.device)
+        variances, vectors = torch.linalg.eigh(covariance)  # by rising variance
+        variances, vectors = variances[-norm.outputs:].flip(0), vectors.T[-norm.outputs:].flip(0)
+        signs = torch.sign(vectors.sum(1, keepdim=True))  # fixed, or machines would differ
+        norm.basis.copy_(vectors * signs / variances.mean().sqrt())
 
 
 def pooling(cells: int, pixels: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return adaptive average pooling of `cells` values up to `pixels`, as AdaptiveAvgPool1d has
-    it.
-
-    Pixel i is the mean of the cells from floor(i * cells / pixels) to ceil((i + 1) * cells /
-    pixels). Returns the distinct means, float32 [groups, cells], and each pixel's group, int64
-    [pixels].
-    """
+    """Return AdaptiveAvgPool1d: its distinct means, [groups, cells], and each pixel's group."""
+    # pixel i is the mean of cells floor(i * cells / pixels) to ceil((i + 1) * cells / pixels)
     pixel, cell = torch.arange(pixels), torch.arange(cells)
     bounds = torch.stack([pixel * cells // pixels, -(-(pixel + 1) * cells // pixels)], 1)
     bounds, group = torch.unique_consecutive(bounds, dim=0, return_inverse=True)
@@ -99,16 +80,10 @@ def pooling(cells: int, pixels: int) -> tuple[torch.Tensor, torch.Tensor]:
     return chosen / chosen.sum(1, keepdim=True), group
 
 
-def count_parameters(module: nn.Module) -> int:
-    """Return the number of values in all parameters."""
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 @torch.no_grad()
-def count_flops(module: nn.Module, inputs: list[torch.Tensor]) -> int:
-    """Return the floating-point operations of a module on a list of inputs, a multiply-add as
-    two."""
+def count_flops(work: Callable, inputs: Sequence) -> int:
+    """Return the floating-point operations of work(inputs), a multiply-add as two."""
     from torch.utils.flop_counter import FlopCounterMode
     with FlopCounterMode(display=False) as counter:
-        module.eval()(inputs)
+        work(inputs)
     return counter.get_total_flops()

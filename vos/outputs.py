@@ -33,17 +33,14 @@ class Stopped(Exception):
 
 
 def check_output(out: Path, kind: str, overwrite: bool, inputs: Sequence[Path]) -> None:
-    """Raise BadInput unless `out` may be made, or replaced when `overwrite`.
-
-    kind: a key of MARKS. inputs: what the command reads. Nothing is replaced but what this project
-    made of the same kind, and no folder that holds an input, or lies in one, or the user's work.
-    """
-    place, is_file = resolve(out), kind == "submission"
+    """Raise BadInput unless `out`, of a kind in MARKS, may be made, or replaced if `overwrite`."""
+    place, is_file = Path(os.path.realpath(out)), kind == "submission"
+    home = Path(os.path.realpath(os.path.expanduser("~")))
     if out.is_symlink():
         raise BadInput(f"{out}: is a link to {os.readlink(out)}; name what it leads to instead")
-    if place in (Path.cwd(), *Path.cwd().parents, resolve(Path(os.path.expanduser("~")))):
+    if place in (Path.cwd(), *Path.cwd().parents, home):
         raise BadInput(f"{out}: is the current folder, one above it, or your home; name a new one")
-    for source in map(resolve, inputs):
+    for source in map(Path, map(os.path.realpath, inputs)):
         if source in (place, *place.parents) or place in source.parents:
             raise BadInput(f"{out}: holds what this command reads, or lies in it: {source}")
 
@@ -51,35 +48,31 @@ def check_output(out: Path, kind: str, overwrite: bool, inputs: Sequence[Path]) 
         return
     state = os.lstat(place)
     if not (stat.S_ISREG if is_file else stat.S_ISDIR)(state.st_mode):
-        wanted = "file" if is_file else "folder"
-        raise BadInput(f"{out}: expected a {wanted}, found something else; choose another --out")
+        raise BadInput(f"{out}: expected a place for {kind}, found something else; choose another")
     if hasattr(os, "geteuid") and state.st_uid != os.geteuid():
         raise BadInput(f"{out}: belongs to another user; choose another --out")
-    held = list_contents(place)  # only now: a pipe would be waited for
+
+    held = set() if is_file else set(os.listdir(place))
     if not held and not is_file:
         return
     if not overwrite:
         raise BadInput(f"{out}: is there already; pass --overwrite to replace it, or another --out")
+    if is_file:
+        with contextlib.suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(place) as archive:
+            held = set(archive.namelist())
     if not any(mark <= held for mark in MARKS[kind]):
         raise BadInput(f"{out}: --overwrite replaces only {kind} that this project made, found "
                        f"{', '.join(sorted(held)[:3]) or 'another file'}; remove it yourself")
 
 
-def resolve(path: Path) -> Path:
-    """Return the absolute path without links. Raises BadInput where links go round in a circle."""
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise CannotWrite in place of an OSError."""
     try:
-        return path.resolve()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise BadInput(f"{path}: is no path that can be followed ({error})") from error
-
-
-def list_contents(place: Path) -> set[str]:
-    """Return the names in a folder, or in a zip; none for another file."""
-    if place.is_dir():
-        return set(os.listdir(place))
-    with contextlib.suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(place) as archive:
-        return set(archive.namelist())
-    return set()
+        yield
+    except OSError as error:
+        raise CannotWrite(f"{path}: cannot be written ({error.strerror or error}); free some space "
+                          "or choose another --out") from error
 
 
 @contextlib.contextmanager
@@ -87,11 +80,11 @@ def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, which becomes `path` on a clean exit. CannotWrite."""
     temporary = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        flush(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise cannot_write(path, error) from error
+        with writing(path):
+            yield temporary
+            with open(temporary, "rb") as handle:
+                os.fsync(handle.fileno())
+            os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -110,30 +103,26 @@ def write_json(path: Path, value) -> None:
 
 def beside(out: Path, what: str) -> Path:
     """Return the path beside `out` of its lock, or of what is not yet or no longer there."""
-    place = resolve(out)
+    place = Path(os.path.realpath(out))
     return place.with_name(f".{place.name[:200]}.vos-{what}")
 
 
 @contextlib.contextmanager
 def new_folder(out: Path, kind: str, overwrite: bool, inputs: Sequence[Path] = (),
                keep: bool = False) -> Iterator[Path]:
-    """Yield a folder beside `out`, held by this process alone; on a clean exit rename it to `out`.
-
-    What was there stays until then. keep: leave the folder there when the work ends early, and
-    start with what an earlier run left. Raises BadInput as `check_output`, and CannotWrite.
-    """
+    """Yield a folder beside `out`, renamed to it on a clean exit; `keep`: left for the next run."""
     check_output(out, kind, overwrite, inputs)
     temporary, old = beside(out, "partial"), beside(out, "old")
-    with locked(out):
+    with locked(out), writing(out):
         check_output(out, kind, overwrite, inputs)  # another process may have made it just before
         try:
             if not keep:
                 shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(exist_ok=keep and not temporary.is_symlink())
             yield temporary
-            for file in temporary.rglob("*"):
-                if file.is_file():
-                    flush(file)
+            for file in filter(Path.is_file, temporary.rglob("*")):
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
 
             try:
                 check_output(out, kind, overwrite, inputs)
@@ -142,35 +131,22 @@ def new_folder(out: Path, kind: str, overwrite: bool, inputs: Sequence[Path] = (
                 raise BadInput(f"{error} (what was made is kept in {temporary})") from error
             shutil.rmtree(old, ignore_errors=True)  # left by a kill
             if out.exists():
-                os.rename(resolve(out), old)
-            os.rename(temporary, resolve(out))
+                os.rename(out, old)
+            os.rename(temporary, out)
             shutil.rmtree(old, ignore_errors=True)
-        except OSError as error:
-            raise cannot_write(out, error) from error
         finally:
             if not keep:
                 shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def new_file(out: Path, kind: str, overwrite: bool, inputs: Sequence[Path] = ()) -> Iterator[Path]:
-    """As `new_folder`, for a file."""
-    check_output(out, kind, overwrite, inputs)
-    with locked(out), whole_file(resolve(out)) as temporary:
-        yield temporary
-        check_output(out, kind, overwrite, inputs)
-
-
-@contextlib.contextmanager
 def locked(out: Path) -> Iterator[None]:
     """Hold `out`, whose parents are made, for this process. BadInput when another holds it."""
     path = beside(out, "lock")
-    try:
+    with writing(out):
         path.parent.mkdir(parents=True, exist_ok=True)
         flags = os.O_WRONLY | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         handle = os.fdopen(os.open(path, flags, 0o600), "w")
-    except OSError as error:
-        raise cannot_write(out, error) from error
     with handle:
         try:
             import fcntl
@@ -186,15 +162,3 @@ def locked(out: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
-
-
-def flush(file: Path) -> None:
-    """Have the system write a file to the disk."""
-    with open(file, "rb") as handle:
-        os.fsync(handle.fileno())
-
-
-def cannot_write(path: Path, error: OSError) -> CannotWrite:
-    """Return the error that says why the disk would not take `path`."""
-    return CannotWrite(f"{path}: cannot be written ({error.strerror or error}); free some space or "
-                       "choose another --out")

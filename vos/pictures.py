@@ -1,14 +1,9 @@
-"""Pictures of masks, and of curves: overlays, small JPEGs, grey PNGs, and lines as SVG."""
-import base64
-import io
+"""Pictures of masks, and of curves: overlays, and lines as SVG."""
 import math
-import struct
-import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from vos.outputs import write_text
 
@@ -39,33 +34,6 @@ def erode(mask: np.ndarray, pixels: int) -> np.ndarray:
         around = np.pad(mask, 1, constant_values=True)
         mask = mask & around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:]
     return mask
-
-
-def jpeg_uri(image: np.ndarray) -> str:
-    """Return uint8 [H, W, 3], made small (about 30 kB), as a data URI of a JPEG."""
-    small, data = Image.fromarray(image), io.BytesIO()
-    small.thumbnail((480, 480), Image.Resampling.BOX)
-    small.save(data, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode("ascii")
-
-
-def write_grey(path: Path, pixels: np.ndarray) -> None:
-    """Write uint8 [H, W] as a grey PNG: 0.9 ms a frame of 480x854, where imageio takes 2.2.
-
-    Each row is its difference from the one above, packed in runs: masks are nearly flat.
-    """
-    height, width = pixels.shape
-    rows = np.full((height, 1 + width), 2, np.uint8)  # each starts with its filter: 2, "up"
-    rows[:, 1:] = np.diff(pixels, axis=0, prepend=np.uint8(0))  # modulo 256, as the filter wants
-    packer = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_RLE)
-
-    png = b"\x89PNG\r\n\x1a\n"
-    for kind, body in ((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)),
-                       (b"IDAT", packer.compress(rows.tobytes()) + packer.flush()),
-                       (b"IEND", b"")):
-        png += struct.pack(">I", len(body)) + kind + body
-        png += struct.pack(">I", zlib.crc32(kind + body))
-    path.write_bytes(png)
 
 
 def write_curves(path: Path, rows: Sequence[dict]) -> None:

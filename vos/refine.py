@@ -6,7 +6,6 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 SHRINK = 4  # the coefficients are found on a frame this much smaller
 RADIUS = 4  # of the window, in pixels of the small frame
@@ -38,10 +37,7 @@ def adapt(decoder, features, index: torch.Tensor):
 
 
 def guided_probabilities(logits: torch.Tensor, frame: torch.Tensor) -> torch.Tensor:
-    """Return the probability of each pixel of a frame uint8 [3, H, W], RGB: float32 [H, W] in 0..1.
-
-    logits: float32 [gh, gw], in every window taken as a linear function of the frame's colours.
-    """
+    """Return each pixel's probability [H, W] from logits [gh, gw] and a frame uint8 [3, H, W]."""
     image = frame[None].float() / 255  # [1, 3, H, W]
     size = image.shape[2:]
     small = F.interpolate(image, [max(1, side // SHRINK) for side in size], mode="area")

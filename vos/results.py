@@ -1,32 +1,37 @@
 """What evaluate.py leaves: outputs, scores, and pictures for people who look. H W frame."""
+import base64
 import csv
 import io
 import math
-from collections.abc import Iterable, Iterator
+import struct
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import date
+from html import escape
 from pathlib import Path
+from string import Template
+from urllib.parse import quote
 
 import numpy as np
+from PIL import Image
 
-from vos import clips, contest, metrics, pictures, report, video
+from vos import clips, contest, metrics, pictures, video
 from vos.cli import progress
-from vos.masks import read_mask
+from vos.metrics import MEASURES
 from vos.outputs import write_json, write_text
+from vos.pictures import chart, known
 from vos.sources import Source, clip_ranges
 
 
 def write_outputs(out: Path, predictions: Iterable[np.ndarray], source: Source, threads: int,
                   write: bool) -> list[dict]:
-    """Score every prediction, uint8 [H, W], and write it to outputs/ if asked.
-
-    Returns a row a frame: index, clip, frame, and iou, J and F, None where there is nothing to say.
-    """
+    """Score predictions, uint8 [H, W], and `write` them to outputs/; return frames.csv's rows."""
     def finish(item: tuple[int, np.ndarray]) -> dict:
         index, pixels = item
         frame, mask = source.frames[index], source.mask(index)
         pixels = clips.resize(pixels, source.sizes[index])
         if write:
-            pictures.write_grey(out / f"outputs/{index:05d}.png", pixels)
+            write_grey(out / f"outputs/{index:05d}.png", pixels)
         row = {"index": index, "clip": frame.clip, "frame": frame.name}
         if mask is None:
             return row | {"iou": None, "J": None, "F": None}
@@ -41,6 +46,23 @@ def write_outputs(out: Path, predictions: Iterable[np.ndarray], source: Source, 
         write_json(out / "paths.json", {"output": names})
     numbered = enumerate(progress(predictions, "predict", len(source.frames)))
     return list(clips.in_threads(finish, numbered, threads))
+
+
+def write_grey(path: Path, pixels: np.ndarray) -> None:
+    """Write uint8 [H, W] as a grey PNG: 0.9 ms a frame of 480x854, where imageio takes 2.2."""
+    height, width = pixels.shape
+    # A row is its difference from the one above, packed in runs, since masks are nearly flat.
+    rows = np.full((height, 1 + width), 2, np.uint8)  # each starts with its filter: 2, "up"
+    rows[:, 1:] = np.diff(pixels, axis=0, prepend=np.uint8(0))  # modulo 256, as the filter wants
+    packer = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_RLE)
+
+    png = b"\x89PNG\r\n\x1a\n"
+    for kind, body in ((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)),
+                       (b"IDAT", packer.compress(rows.tobytes()) + packer.flush()),
+                       (b"IEND", b"")):
+        check = zlib.crc32(kind + body)
+        png += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", check)
+    path.write_bytes(png)
 
 
 def write_scores(out: Path, rows: list[dict], protocol: str) -> dict | None:
@@ -65,13 +87,10 @@ def write_scores(out: Path, rows: list[dict], protocol: str) -> dict | None:
 def write_pictures(out: Path, name: str, source: Source, files: list[Path], meaning: dict[str, str],
                    rows: list[dict], scores: dict | None, facts: dict, kind: str,
                    curve: Path) -> None:
-    """Write report.html, and an overlay video a clip in overlays/ unless `kind` is "none".
-
-    files: the mask of every frame, read as `meaning` says. curve: an SVG, if there is one.
-    """
+    """Write report.html, and unless `kind` is "none" overlay videos, of the masks in `files`."""
     def draw(first: int, stop: int) -> Iterator[np.ndarray]:
         for index, frame in zip(range(first, stop), clips.read_images(source.frames[first:stop])):
-            prediction = read_mask(files[index], meaning)
+            prediction = clips.read_mask(files[index], meaning)
             yield pictures.overlay(frame, prediction, source.mask(index))
 
     videos = []
@@ -80,8 +99,78 @@ def write_pictures(out: Path, name: str, source: Source, files: list[Path], mean
         videos.append(f"overlays/{source.frames[first].clip}.{kind}")
         video.write_video(out / videos[-1], draw(first, stop), 24, kind)
     drawn = curve.read_text(encoding="utf-8") if curve.is_file() else None
-    report.write_report(out / "report.html", f"{name}, {date.today()}", scores, rows,
-                        lambda index: next(draw(index, index + 1)), facts, videos, drawn)
+    write_report(out / "report.html", f"{name}, {date.today()}", scores, rows,
+                 lambda index: next(draw(index, index + 1)), facts, videos, drawn)
+
+
+def write_report(path: Path, title: str, scores: dict | None, rows: Sequence[dict],
+                 picture: Callable[[int], np.ndarray], facts: dict[str, object],
+                 videos: Sequence[str] = (), curve: str | None = None) -> None:
+    """Write report.html, filled in: how well a model segments clips, and where not."""
+    clips: dict[str, list[dict]] = {}
+    for row in rows:
+        clips.setdefault(row["clip"], []).append(row)
+    summary, figures = scores or {"per_clip": {}}, ""
+    for file in videos:
+        source, name = escape(quote(file)), escape(Path(file).stem)
+        shown = f'<video controls preload="none" src="{source}"></video>'
+        if file.endswith(".gif"):
+            shown = f'<img loading="lazy" alt="Overlay of {name}" src="{source}">'
+        figures += f'<figure>{shown}<figcaption><a href="{source}">{name}</a></figcaption></figure>'
+    template = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+    write_text(path, template.substitute(
+        title=escape(title),
+        scored="" if scores else "hidden",
+        count=summary.get("frames"),
+        protocol=summary.get("protocol"),
+        **{key: number(summary.get(key)) for key in MEASURES},
+        clips="\n".join(clip_row(clip, summary["per_clip"].get(clip, {}), clips[clip])
+                        for clip in clips),
+        frames="\n".join(clip_section(clip, clips[clip], picture) for clip in clips),
+        videos=figures,
+        curve=curve or "",
+        facts="\n".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>"
+                        for name, value in facts.items()),
+    ))
+
+
+def number(value: float | None) -> str:
+    """Return a score as people read it, or a dash where there is none."""
+    return f"{value:z.3f}".replace("-", "−") if known(value) else "–"
+
+
+def clip_row(clip: str, scores: dict, rows: Sequence[dict]) -> str:
+    """Return a row of the table of clips: its name, its scores, and J drawn frame by frame."""
+    name, anchor = escape(clip), f"#clip-{rows[0]['index']}"
+    cells = f'<th scope="row" data-value="{name}"><a href="{anchor}">{name}</a></th>'
+    for value in [scores.get(key) for key in MEASURES if "recall" not in key]:
+        cells += f'<td data-value="{value if known(value) else ""}">{number(value)}</td>'
+    values = [(index, row.get("J")) for index, row in enumerate(rows)]
+    line = chart(values, (0, len(rows) - 1), 1, (22, 6, 174, 36))
+    label = f'role="img" aria-label="J of {len(rows)} frames"'
+    return f'<tr>{cells}<td><svg class="spark" viewBox="0 0 200 48" {label}>{line}</svg></td></tr>'
+
+
+def clip_section(clip: str, rows: Sequence[dict], picture: Callable[[int], np.ndarray]) -> str:
+    """Return a clip's heading, and its worst, median and best frame by IoU, else first to last."""
+    scored = sorted((row for row in rows if known(row.get("iou"))), key=lambda row: row["iou"])
+    words = ("Worst", "Median", "Best") if scored else ("First", "Middle", "Last")
+    chosen = scored or rows
+    figures = ""
+    for place, word in dict(zip((0, len(chosen) // 2, len(chosen) - 1), words)).items():
+        row, memory = chosen[place], io.BytesIO()
+        small = Image.fromarray(picture(row["index"]))
+        small.thumbnail((480, 480), Image.Resampling.BOX)
+        small.save(memory, "JPEG", quality=80)  # about 30 kB
+        source = base64.b64encode(memory.getvalue()).decode("ascii")
+        caption = f"{word}: frame {escape(str(row['frame']))}"
+        if scored:
+            caption += f" <span>IoU {number(row['iou'])}, F {number(row.get('F'))}</span>"
+        figures += (f'<figure><img alt="{escape(clip)}, {word.lower()} frame" src="data:image/jpeg;'
+                    f'base64,{source}"><figcaption>{caption}</figcaption></figure>\n')
+    heading = f'{escape(clip)} <span class="quiet">{len(rows)} frames</span>'
+    return (f'<h3 id="clip-{rows[0]["index"]}">{heading}</h3>\n'
+            f'<div class="frames">\n{figures}</div>')
 
 
 def log(tracker, out: Path, metadata: dict, name: str, split: str, source: Source,
@@ -91,7 +180,8 @@ def log(tracker, out: Path, metadata: dict, name: str, split: str, source: Sourc
     decoder = metadata.get("decoder", name.removesuffix("-result"))
     if "decoder" in metadata:
         names = [*(f"outputs/{file.name}" for file in files), "paths.json", "metadata.json"]
-        tracking.log_results(tracker, decoder, {name: out / name for name in names}, metadata)
+        entries = {name: out / name for name in names}
+        tracker.artifact(f"{decoder}-result", "result", entries, metadata)
     if scores:
         table = [(file, source.mask(row["index"]) * np.uint8(255),
                   -1.0 if row["iou"] is None else row["iou"])
@@ -101,10 +191,9 @@ def log(tracker, out: Path, metadata: dict, name: str, split: str, source: Sourc
 
 def print_scores(scores: dict) -> None:
     """Print the scores as a table, a clip a line, the whole set last."""
-    keys = ["mean_iou", "J_mean", "J_recall", "J_decay", "F_mean", "F_recall", "F_decay"]
     print(f"protocol {scores['protocol']}; mean_iou is the contest's, over frames; J and F are "
           "means over clips")
-    print(f"{'clip':<24}{'frames':>10}" + "".join(f"{key:>10}" for key in keys))
+    print(f"{'clip':<24}{'frames':>10}" + "".join(f"{key:>10}" for key in MEASURES))
     for name, row in [*scores["per_clip"].items(), ("all", scores)]:
-        cells = ["-" if row[key] is None else f"{row[key]:.4f}" for key in keys]
+        cells = ["-" if row[key] is None else f"{row[key]:.4f}" for key in MEASURES]
         print(f"{name:<24}{row['frames']:>10}" + "".join(f"{cell:>10}" for cell in cells))

@@ -1,21 +1,25 @@
-"""The run folder: its command, its log, the state to resume from, its pictures."""
+"""The run folder: its command, its log, its checkpoints, its pictures."""
 import argparse
 import contextlib
+import io
 import json
+import os
 import signal
+import subprocess
 import sys
+import warnings
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from vos.checkpoints import code_revision, load_checkpoint, save_checkpoint
 from vos.distributed import Group
 from vos.folder import FeatureFolder
-from vos.images import image_size, read_image, write_image
+from vos.images import read_image, write_image
 from vos.inputs import BadInput, inside, opened, read_json
-from vos.outputs import cannot_write, locked, new_folder, whole_file, write_json, write_text
+from vos.outputs import locked, new_folder, whole_file, write_json, write_text, writing
 from vos.pictures import overlay
 
 
@@ -32,18 +36,29 @@ def open_run(out: Path, command: dict, overwrite: bool, inputs: Sequence[Path], 
             write_json(folder / "args.json", command)
             write_text(folder / "log.jsonl", "")
     with locked(out):
+        before = read_json(out / "args.json").get("features")
+        if not isinstance(before, dict) or list(before.values()) != [*command["features"].values()]:
+            raise BadInput(f"{', '.join(command['features'])}: other features than {out} was "
+                           "trained on; make them again as they were, or start another run")
         for file in out.rglob(".*.tmp"):  # what a kill left in the middle of a write
             file.unlink()
         group.wait()
         yield
 
 
+def code_revision() -> str:
+    """Return the commit of these scripts, "+changes" when files differ from it; "" outside git."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+    try:
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True,
+                              text=True).stdout.strip()
+    except OSError:  # git is not installed
+        return ""
+
+
 def describe_command(args: argparse.Namespace, recipe: dict, folders: list[FeatureFolder],
                      used: list[str]) -> dict:
-    """Return what args.json holds: the command, the recipe, and what they ran on.
-
-    used: full names of the artifacts that the flags named, which a resumed run goes on with.
-    """
+    """Return what args.json holds, with the full names of artifacts, `used`, to go on with."""
     plain = {name: str(value) if isinstance(value, Path) else value
              for name, value in vars(args).items()}
     names = iter(used)
@@ -55,52 +70,11 @@ def describe_command(args: argparse.Namespace, recipe: dict, folders: list[Featu
             "versions": {"python": sys.version, "torch": torch.__version__}}
 
 
-def recall(run: Path, parser: argparse.ArgumentParser, given: argparse.Namespace,
-           may_change: Sequence[str]) -> argparse.Namespace:
-    """Return the arguments and recipe of the run that is resumed, parsed anew and so checked.
-
-    Of the flags `given` now those of `may_change` count; another that differs raises BadInput.
-    """
-    file, flags = run / "args.json", []
-    saved = read_json(file)
-    try:
-        for name, value in {**saved["args"], **saved["recipe"], "out": run}.items():
-            flag = "--" + name.replace("_", "-")
-            if value is True:
-                flags.append(flag)
-            elif value is not None and value is not False:
-                flags.append(f"{flag}={','.join(value) if isinstance(value, list) else value}")
-        args = parser.parse_args(flags)
-    except (BadInput, TypeError, KeyError) as error:
-        raise BadInput(f"{file}: is not what train.py writes ({error})") from error
-
-    for name, value in vars(given).items():
-        if name in may_change:
-            setattr(args, name, value)
-        elif value not in (parser.get_default(name), getattr(args, name)):
-            raise BadInput(f"{file}: the run has --{name.replace('_', '-')} {getattr(args, name)}, "
-                           f"not {value}; leave the flag out, or start another run")
-    if saved.get("code") != code_revision():
-        print(f"note: {run} was started by another revision of the code: {saved.get('code')}")
-    return args
-
-
-def check_same_features(run: Path, folders: list[FeatureFolder]) -> None:
-    """Raise BadInput when a resumed run had other features than `folders`, by their digests."""
-    before = read_json(run / "args.json").get("features") or {}
-    for folder in folders:
-        if folder.meta["sha256"] not in before.values():
-            raise BadInput(f"{folder.path}: holds other features than {run} was trained on; make "
-                           "them again as they were, or start another run")
-
-
 def append_log(out: Path, row: dict) -> None:
     """Append a line to log.jsonl. Raises CannotWrite."""
-    try:
-        with open(out / "log.jsonl", "a", encoding="utf-8") as handle:
-            handle.write(json.dumps(row, allow_nan=False) + "\n")
-    except OSError as error:
-        raise cannot_write(out / "log.jsonl", error) from error
+    file = out / "log.jsonl"
+    with writing(file), open(file, "a", encoding="utf-8") as handle:
+        handle.write(json.dumps(row, allow_nan=False) + "\n")
 
 
 def read_log(out: Path) -> list[dict]:
@@ -117,25 +91,31 @@ def read_log(out: Path) -> list[dict]:
     raise BadInput(f"{file}: expected JSON with a step in each line; remove the damaged lines")
 
 
-def load_state(out: Path, parts: dict, state: dict, write: bool) -> dict:
-    """Put `parts` back as last.pt has them; return its counters, without last.pt `state`.
+def save_checkpoint(path: Path, value: dict) -> None:
+    """Write a dict of tensors and plain values. The same values give the same bytes."""
+    buffer = io.BytesIO()  # written to a file, the archive would hold the file's temporary name
+    torch.save(value, buffer)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
-    write: drop the lines of the log past that state.
-    """
-    if (out / "last.pt").exists():
-        saved = load_checkpoint(out / "last.pt", {*parts, "run"})
+
+def load_checkpoint(path: Path, keys: set[str]) -> dict:
+    """Read a dict with at least `keys`. Raises BadInput for another, or one that is damaged."""
+    with opened(path) as file:
         try:
-            for name, part in parts.items():
-                part.load_state_dict(saved[name])
-            state = {name: type(value)(saved["run"][name]) for name, value in state.items()}
-        except Exception as error:  # a damaged state can break what loads it in any way
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise BadInput(f"{out / 'last.pt'}: does not fit this run ({reason}); remove it to go "
-                           "on from the start") from error
-    if write:
-        rows = [row for row in read_log(out) if row["step"] < state["step"]]
-        write_text(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    return state
+            with zipfile.ZipFile(file) as archive:  # torch packs nothing: packed, it is a bomb
+                size = sum(entry.file_size for entry in archive.infolist())
+                if size > os.fstat(file.fileno()).st_size or archive.testzip():
+                    raise ValueError("its checksums or sizes are wrong")
+            file.seek(0)
+            with warnings.catch_warnings(action="ignore"):
+                value = torch.load(file, map_location="cpu", weights_only=True)
+            if keys - value.keys():
+                raise ValueError(f"it lacks {', '.join(sorted(keys - value.keys()))}")
+        except Exception as error:  # damaged bytes raise every kind
+            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+            raise BadInput(f"{path}: cannot be read as train.py's checkpoint ({reason})") from error
+    return value
 
 
 def save_state(out: Path, parts: dict, state: dict) -> None:
@@ -160,15 +140,11 @@ def stop_signals() -> Iterator[list[int]]:
 
 def write_overlay(file: Path, folder: FeatureFolder, row: int, prediction: np.ndarray,
                   mask: np.ndarray) -> np.ndarray:
-    """Write a row's frame with prediction and mask, bool [H, W], over it; return the frame.
-
-    It is black where the frame is gone, is in a video, or was resized.
-    """
-    frame = np.zeros((*mask.shape, 3), np.uint8)
+    """Write a row's frame with prediction and mask, bool [H, W], over it; return the frame."""
+    frame = np.zeros((*mask.shape, 3), np.uint8)  # where it is gone, in a video, or was resized
     with contextlib.suppress(BadInput):
-        image = inside(Path(folder.meta["data"]), folder.paths["raw"][row], folder.path)
-        if image_size(image) == mask.shape:
-            frame = read_image(image)
+        image = read_image(inside(Path(folder.meta["data"]), folder.paths["raw"][row], folder.path))
+        frame = image if image.shape == frame.shape else frame
     file.parent.mkdir(exist_ok=True)
     with whole_file(file) as temporary:
         write_image(temporary, overlay(frame, prediction, mask), format="PNG")

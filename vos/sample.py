@@ -1,8 +1,6 @@
 """Write a DAVIS root of small synthetic clips with exact masks, for a machine that has no data.
 
     python -m vos.sample --out sample-data
-
-A camera pans over noise with plain patches; one textured object moves, turns, bends and hides.
 """
 import sys
 from pathlib import Path
@@ -28,7 +26,7 @@ def make_background(rng: np.random.Generator, height: int, width: int) -> np.nda
 
 
 def make_clip(seed: int, frames: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return one clip: frames [N, H, W, 3] uint8 and their exact masks [N, H, W] bool."""
+    """Return frames uint8 [N, H, W, 3] of a moving object, and its exact masks bool [N, H, W]."""
     rng = np.random.default_rng(seed)
     background = make_background(rng, height, width + width // 4)
     radius, scale = height * rng.uniform((0.22, 0.008), (0.30, 0.012))  # pixels; pixels of a radian
@@ -55,32 +53,13 @@ def make_clip(seed: int, frames: int, height: int, width: int) -> tuple[np.ndarr
     return images, masks
 
 
-def write_dataset(root: Path, clips, val_clips, frames, height, width, seed, overwrite=False):
-    """Write a DAVIS root with splits train and val, whole or not at all. Raises BadInput."""
-    lines = {"train": "", "val": ""}
-    with new_folder(root, "sample", overwrite) as folder:
-        for number in progress(range(clips + val_clips), "clips"):
-            pairs = zip(*make_clip(seed * 10_000 + number, frames, height, width))
-            for index, (pixels, mask) in enumerate(pairs):
-                name = f"480p/clip-{number:02d}/{index:05d}"
-                image, annotation = f"JPEGImages/{name}.jpg", f"Annotations/{name}.png"
-                for file, values in (image, pixels), (annotation, mask * np.uint8(255)):
-                    (folder / file).parent.mkdir(parents=True, exist_ok=True)
-                    write_image(folder / file, values, quality=92)  # of the JPEG
-                lines["train" if number < clips else "val"] += f"/{image} /{annotation}\n"
-        (folder / "ImageSets/480p").mkdir(parents=True)
-        for split, text in lines.items():
-            write_text(folder / f"ImageSets/480p/{split}.txt", text)
-        write_json(folder / "sample.json", {"made_by": "vos.sample", "seed": seed})
-
-
 def parse_size(text: str) -> tuple[int, ...]:
     """Parse HEIGHTxWIDTH (argparse type)."""
     return tuple(map(count(10_000, least=32), text.partition("x")[::2]))
 
 
-def main() -> None:
-    """Parse the flags and write the clips."""
+def main(flags: list[str] | None = None) -> None:
+    """Write a DAVIS root with splits train and val, whole or not at all. flags: None for argv."""
     parser = Parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("sample-data"), help="folder to write")
     parser.add_argument("--clips", type=count(999), default=8, help="to train on (8)")
@@ -90,9 +69,23 @@ def main() -> None:
     parser.add_argument("--seed", type=count(10**9, least=0), default=0, help="of chance (0)")
     parser.add_argument("--overwrite", action="store_true", help="replace what is at --out")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    args = parser.parse_args()
-    write_dataset(args.out, args.clips, args.val_clips, args.frames, args.size[0], args.size[1],
-                  args.seed, args.overwrite)
+    args = parser.parse_args(flags)
+
+    lines = {"train": "", "val": ""}
+    with new_folder(args.out, "sample", args.overwrite) as folder:
+        for number in progress(range(args.clips + args.val_clips), "clips"):
+            clip = make_clip(args.seed * 10_000 + number, args.frames, *args.size)
+            for index, (pixels, mask) in enumerate(zip(*clip)):
+                name = f"480p/clip-{number:02d}/{index:05d}"
+                image, annotation = f"JPEGImages/{name}.jpg", f"Annotations/{name}.png"
+                for file, values in (image, pixels), (annotation, mask * np.uint8(255)):
+                    (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                    write_image(folder / file, values, quality=92)  # of the JPEG
+                lines["train" if number < args.clips else "val"] += f"/{image} /{annotation}\n"
+        (folder / "ImageSets/480p").mkdir(parents=True)
+        for split, text in lines.items():
+            write_text(folder / f"ImageSets/480p/{split}.txt", text)
+        write_json(folder / "sample.json", {"made_by": "vos.sample", "seed": args.seed})
     print(f"wrote {args.out}; next: python featurize.py --data {args.out} --split train")
 
 

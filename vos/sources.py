@@ -1,7 +1,4 @@
-"""What is featurized, predicted and scored: frames found and checked, and their masks.
-
-T frames of a clip, C channels, h w feature grid, H W frame.
-"""
+"""What is featurized, predicted and scored: frames found and checked, and their masks."""
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +10,6 @@ import torch
 from vos import cli, clips, cues, featurizers
 from vos.folder import FeatureFolder
 from vos.inputs import BadInput, inside
-from vos.masks import Meaning, decide_meaning, read_mask
 from vos.video import VIDEOS
 
 
@@ -22,7 +18,7 @@ class Source(NamedTuple):
 
     frames: list[clips.Frame]
     sizes: list[tuple[int, int]]  # (H, W) of every frame
-    meaning: Meaning | None = None  # of the annotations, where masks are read from them
+    meaning: clips.Meaning | None = None  # of the annotations, where masks are read from them
     masks: torch.Tensor | None = None  # packed, where they are a feature folder's
 
     @property
@@ -35,7 +31,7 @@ class Source(NamedTuple):
         if frame.annotation is None:
             return None
         if self.masks is None:
-            return read_mask(frame.annotation, self.meaning)
+            return clips.read_mask(frame.annotation, self.meaning)
         packed = self.masks[index].cpu().numpy()
         return np.unpackbits(packed, axis=1, count=self.sizes[index][1]).astype(bool)
 
@@ -46,15 +42,12 @@ def open_frames(root: Path, split: str | None, masks: Path | None, threads: int,
     frames = clips.find_frames(root, split, masks)[:limit]
     sizes = clips.check_frames(frames, threads)
     annotations = [frame.annotation for frame in frames if frame.annotation]
-    return Source(frames, sizes, decide_meaning(annotations, threads) or None)
+    return Source(frames, sizes, clips.decide_meaning(annotations, threads) or None)
 
 
 def open_folder(folder: FeatureFolder, root: Path | None, needs_frames: bool,
                 masks: torch.Tensor | None, threads: int) -> Source:
-    """Return the frames of a feature folder, below `root` (None: where they were featurized).
-
-    masks: the folder's; frames that were resized for it are scored with their annotations instead.
-    """
+    """Return a feature folder's frames, below `root` if they moved; resized ones as annotated."""
     meta, listed = folder.meta, folder.path / "paths.json"
     root = root or Path(meta["data"])
     is_video = root.suffix.lower() in VIDEOS
@@ -80,7 +73,7 @@ def open_folder(folder: FeatureFolder, root: Path | None, needs_frames: bool,
     if not meta["sizes"]:
         return Source(frames, sizes, masks=masks)
     paths = [frame.annotation for frame in frames if frame.annotation]
-    return Source(frames, sizes, decide_meaning(paths, threads))
+    return Source(frames, sizes, clips.decide_meaning(paths, threads))
 
 
 def clip_ranges(frames: list[clips.Frame]) -> list[tuple[int, int]]:
@@ -93,14 +86,18 @@ def featurize_clips(featurizer: featurizers.Featurizer, frames: list[clips.Frame
                     ranges: list[tuple[int, int]], size: tuple[int, int], dtype: str,
                     with_cues: bool, device: torch.device, threads: int) -> Iterator[list]:
     """Yield the levels of each range, [T, C, h, w] in host memory, then their cues, if wanted."""
-    batch = 4 if device.type == "cpu" else 32
+    fit = 20_000_000 // (size[0] * size[1])  # frames that take little of a device's memory
+    batch = max(1, min(fit, 4 if device.type == "cpu" else 32))
     chosen = [frames[row] for first, stop in ranges for row in range(first, stop)]
     shown = iter(cli.progress(clips.read_images(chosen, threads), "featurize", len(chosen)))
     for first, stop in ranges:
         parts = []
         for start in range(first, stop, batch):
-            pictures = list(itertools.islice(shown, min(batch, stop - start)))
-            maps = featurizers.run_featurizer(featurizer, pictures, size, device)
+            images = map(torch.from_numpy, itertools.islice(shown, min(batch, stop - start)))
+            resized = [featurizers.resize(image.permute(2, 0, 1)[None], size) for image in images]
+            pixels = torch.cat(resized).to(device, memory_format=torch.channels_last)
+            with torch.inference_mode():
+                maps = featurizer(pixels)
             parts.append([level.to("cpu", getattr(torch, dtype)) for level in maps])
 
         levels = [torch.cat(level) for level in zip(*parts)]

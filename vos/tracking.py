@@ -19,16 +19,13 @@ def choose_mode(flag: str | None) -> str:
     mode = flag or os.environ.get("WANDB_MODE", "").lower() or default
     if mode not in ("disabled", "offline", "online"):
         raise BadInput(f"WANDB_MODE={mode}: expected disabled, offline or online; pass --wandb")
-    return mode
-
-
-def check_account(mode: str) -> str:
-    """Return `mode`, or offline where a key is asked for and declined. Raises BadInput."""
+    if mode == "disabled":
+        return mode
     try:
         import wandb
         if mode == "online" and os.environ.get("RANK", "0") == "0":  # of several, the first logs
             wandb.setup(settings=wandb.Settings(mode="online"))  # whatever WANDB_MODE says
-            return "online" if wandb.login(verify=False) else "offline"
+            return "online" if wandb.login(verify=False) else "offline"  # a key was declined
     except Exception as error:
         raise BadInput(f"--wandb {mode}: cannot be used ({redact(error)}); pip install wandb, set "
                        "WANDB_API_KEY, or pass --wandb disabled") from None
@@ -196,11 +193,6 @@ def log_model(run: Run, decoder: str, model_path: Path, checkpoints: list, metad
     files = {"final_model": model_path} | {path.name: path for path in checkpoints}
     aliases = ["best"] if metadata.get("val_iou") is not None else []
     run.artifact(decoder, "trained-model", files, metadata, aliases)
-
-
-def log_results(run: Run, decoder: str, files: dict, metadata: dict) -> None:
-    """Log the submission's files {entry: path} as `<decoder>-result`; metadata holds `nparams`."""
-    run.artifact(f"{decoder}-result", "result", files, metadata)
 
 
 def log_scores(run: Run, decoder: str, split: str, rows, scores: dict) -> None:
