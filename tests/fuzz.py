@@ -152,7 +152,7 @@ def flags(rng: np.random.Generator) -> None:
     """Random and hostile values of the flags of a script, run on tiny inputs."""
     name, found = str(rng.choice(list(SCRIPTS))), []
     with (contextlib.suppress(SystemExit), mock.patch.object(
-            cli.Parser, "parse_args", lambda self: found.append(self) or sys.exit())):
+            cli.Parser, "parse_args", lambda self, *_: found.append(self) or sys.exit())):
         SCRIPTS[name].main()
     known = [action for action in found[0]._actions
              if action.dest not in ("help", "debug", "out", "compile", "wandb")]

@@ -4,7 +4,7 @@ import itertools
 import os
 import re
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -199,15 +199,13 @@ def read_images(frames: list[Frame], threads: int = 2) -> Iterator[np.ndarray]:
         yield show(image, frame.view)
 
 
-def decide_meaning(files: list[Path], threads: int = 4, predictions: bool = False) -> Meaning:
+def decide_meaning(files: Sequence[Path | None], threads: int = 4,
+                   predictions: bool = False) -> Meaning:
     """Return which values are the object, by the table of docs/formats.md. Raises BadInput."""
-    def survey(path: Path) -> tuple[str, list[int]]:
-        kind, values = mask_values(path)
-        return kind, np.flatnonzero(np.bincount(values.ravel())).tolist()
-
+    paths = list(filter(None, files))
     holders: dict[str, dict[int, Path]] = {}  # kind -> value -> the first mask that holds it
-    for path, (kind, values) in zip(files, in_threads(survey, files, threads)):
-        for value in values:
+    for path, (kind, values) in zip(paths, in_threads(mask_values, paths, threads)):
+        for value in np.flatnonzero(np.bincount(values.ravel())).tolist():
             holders.setdefault(kind, {}).setdefault(value, path)
 
     meaning = {}

@@ -75,11 +75,7 @@ def _dilate(bits: int, stride: int, radius: int) -> int:
 
 def summarize(clips: Sequence[str], iou: np.ndarray, J: np.ndarray, F: np.ndarray,
               protocol: str = "all") -> dict:
-    """Return what scores.json holds, from each frame's clip and scores, by one of PROTOCOLS.
-
-    `mean_iou` is over frames; J and F of the whole are means over clips. A number that no frame
-    contributes to is None, and left out of the means.
-    """
+    """Return scores.json's content: `mean_iou` is over frames, J and F are means over clips."""
     frames: dict[str, list[int]] = {}
     for index, clip in enumerate(clips):
         frames.setdefault(clip, []).append(index)

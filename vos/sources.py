@@ -41,8 +41,8 @@ def open_frames(root: Path, split: str | None, masks: Path | None, threads: int,
     """Find and check the frames of a data set and what its masks mean. Raises BadInput."""
     frames = clips.find_frames(root, split, masks)[:limit]
     sizes = clips.check_frames(frames, threads)
-    annotations = [frame.annotation for frame in frames if frame.annotation]
-    return Source(frames, sizes, clips.decide_meaning(annotations, threads) or None)
+    meaning = clips.decide_meaning([frame.annotation for frame in frames], threads)
+    return Source(frames, sizes, meaning or None)
 
 
 def open_folder(folder: FeatureFolder, root: Path | None, needs_frames: bool,
@@ -72,8 +72,7 @@ def open_folder(folder: FeatureFolder, root: Path | None, needs_frames: bool,
                            "or --no-pictures and --refine none") from error
     if not meta["sizes"]:
         return Source(frames, sizes, masks=masks)
-    paths = [frame.annotation for frame in frames if frame.annotation]
-    return Source(frames, sizes, clips.decide_meaning(paths, threads))
+    return Source(frames, sizes, clips.decide_meaning([f.annotation for f in frames], threads))
 
 
 def clip_ranges(frames: list[clips.Frame]) -> list[tuple[int, int]]:
@@ -86,8 +85,7 @@ def featurize_clips(featurizer: featurizers.Featurizer, frames: list[clips.Frame
                     ranges: list[tuple[int, int]], size: tuple[int, int], dtype: str,
                     with_cues: bool, device: torch.device, threads: int) -> Iterator[list]:
     """Yield the levels of each range, [T, C, h, w] in host memory, then their cues, if wanted."""
-    fit = 20_000_000 // (size[0] * size[1])  # frames that take little of a device's memory
-    batch = max(1, min(fit, 4 if device.type == "cpu" else 32))
+    batch = 4 if device.type == "cpu" else 32
     chosen = [frames[row] for first, stop in ranges for row in range(first, stop)]
     shown = iter(cli.progress(clips.read_images(chosen, threads), "featurize", len(chosen)))
     for first, stop in ranges:
@@ -95,10 +93,18 @@ def featurize_clips(featurizer: featurizers.Featurizer, frames: list[clips.Frame
         for start in range(first, stop, batch):
             images = map(torch.from_numpy, itertools.islice(shown, min(batch, stop - start)))
             resized = [featurizers.resize(image.permute(2, 0, 1)[None], size) for image in images]
-            pixels = torch.cat(resized).to(device, memory_format=torch.channels_last)
-            with torch.inference_mode():
-                maps = featurizer(pixels)
-            parts.append([level.to("cpu", getattr(torch, dtype)) for level in maps])
+            waiting = [torch.cat(resized).to(device, memory_format=torch.channels_last)]
+            while waiting:
+                pixels = waiting.pop(0)
+                try:
+                    with torch.inference_mode():
+                        maps = featurizer(pixels)
+                except torch.OutOfMemoryError:
+                    if len(pixels) == 1:
+                        raise
+                    waiting[:0] = pixels.chunk(2)
+                    continue
+                parts.append([level.to("cpu", getattr(torch, dtype)) for level in maps])
 
         levels = [torch.cat(level) for level in zip(*parts)]
         if with_cues:
