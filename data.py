@@ -15,18 +15,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vos.folder import AGAIN, FeatureFolder, array_name, open_features
+from vos.folder import AGAIN, FeatureFolder, array_name
+from vos.folder import open_features as open_features
 from vos.inputs import BadInput, opened
 
-__all__ = ["FeatureFolder", "Features", "load_features", "open_features"]
 SPARE = 0.8  # share of the free memory that features and masks may take
 CHUNK = 32 << 20  # bytes read from disk at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """Levels of features, with masks if there are any: what one trains on, validates on,
-    predicts."""
+    """Levels of features, with masks if there are any: what one trains on, or predicts."""
 
     names: list[str]  # of the levels
     levels: list[torch.Tensor]  # [N, C, h, w] each, then their cues; on the device or memory-mapped
@@ -48,8 +47,7 @@ class Features:
         return self.select(np.arange(len(self.levels[0])) < self.folder.frames)
 
     def hold_out(self, clips: list[str]) -> tuple["Features", "Features"]:
-        """Part by whole clips: return rows to train on, and the frames of `clips` to validate
-        on."""
+        """Part by whole clips: rows to train on, and the frames of `clips` to validate on."""
         held = np.isin(self.folder.clips, clips)
         return self.select(~held), self.select(held).without_views()
 
@@ -57,9 +55,6 @@ class Features:
 def rows_of(array: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Return rows `index`, int64 [B] in host memory, of an array wherever it is."""
     return array.index_select(0, index.to(array.device, non_blocking=True))
-
-
-# --- loading -----------------------------------------------------------------------------------
 
 
 def load_features(folder: FeatureFolder, levels: list[str] | None = None, cues: bool = False,
@@ -82,7 +77,10 @@ def load_features(folder: FeatureFolder, levels: list[str] | None = None, cues: 
                        "annotated clips, or pass --masks to featurize.py")
 
     files = [folder.path / name for name in names + ["masks.npy"] * has_masks]
-    resident = resident or choose_resident(files, device)
+    needed, free = sum(file.stat().st_size for file in files), free_memory(device)
+    if resident is None and needed > SPARE * free:
+        print(f"{needed / 1e9:.1f} GB of features, {free / 1e9:.1f} GB free: read from disk")
+        resident = "disk"
     digests = folder.meta["sha256"]
     loaded = [load_array(file, digests[file.name], device, resident) for file in files]
     masks = loaded.pop() if has_masks else None
@@ -91,22 +89,10 @@ def load_features(folder: FeatureFolder, levels: list[str] | None = None, cues: 
     return features.select(np.array(flags)) if labelled and flags else features
 
 
-def choose_resident(files: list[Path], device: torch.device) -> str:
-    """Return "device" when the arrays fit SPARE of the device's free memory, else "disk"."""
-    needed, free = sum(file.stat().st_size for file in files), free_memory(device)
-    if needed <= SPARE * free:
-        return "device"
-    print(f"{needed / 1e9:.1f} GB of features, {free / 1e9:.1f} GB free: they stay on disk and "
-          "are read as needed")
-    return "disk"
-
-
 def free_memory(device: torch.device) -> float:
     """Return the bytes free on a device; infinity where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             return next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvail"))
@@ -114,7 +100,7 @@ def free_memory(device: torch.device) -> float:
         return math.inf
 
 
-def load_array(file: Path, digest: str, device: torch.device, resident: str) -> torch.Tensor:
+def load_array(file: Path, digest: str, device: torch.device, resident: str | None) -> torch.Tensor:
     """Read an .npy array once, checking digest and values; return it on the device or
     memory-mapped.
 
@@ -140,9 +126,6 @@ def load_array(file: Path, digest: str, device: torch.device, resident: str) -> 
     if sha.hexdigest() != digest:
         raise BadInput(f"{file}: its SHA-256 is not meta.json's: it was changed; {AGAIN}")
     return result
-
-
-# --- targets -----------------------------------------------------------------------------------
 
 
 def pool_masks(features: Features, cells: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -176,9 +159,6 @@ def unpack(packed: torch.Tensor, width: int) -> torch.Tensor:
         return torch.from_numpy(bits).view(torch.bool)
     shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
     return (packed[..., None] >> shifts & 1).flatten(-2)[..., :width].bool()
-
-
-# --- order of batches, groups of clips -----------------------------------------------------------
 
 
 def batch_order(clips: np.ndarray, batch: int, order: str, seed: int, step: int) -> np.ndarray:

@@ -45,8 +45,6 @@ def parse_args() -> argparse.Namespace:
                        help="where features are kept (default: on the device, if they fit)")
     group.add_argument("--adapt", type=cli.count(10**6, least=0), metavar="STEPS",
                        help="to train on a clip's own sure predictions (default: the decoder's)")
-    group.add_argument("--views", type=cli.count(2),
-                       help="2: average a frame and its mirror image (default: the decoder's)")
     group.add_argument("--refine", choices=["guided", "none"],
                        help="upsample masks along the frames' edges (default: the decoder's)")
     group = parser.add_argument_group("results")
@@ -103,15 +101,12 @@ def predict_clips(decoder: models.Decoder, features: data.Features, frames: list
 
 
 def choose_masks(args: argparse.Namespace, decoder: models.Decoder) -> bool:
-    """Apply --views and --adapt to a decoder; return whether masks follow the frames' edges."""
+    """Apply --adapt to a decoder; return whether masks follow the frames' edges."""
     name = type(decoder).__name__
-    if args.views and args.views > decoder.views:
-        raise BadInput(f"--views {args.views}: {name} looks at frames one way only; leave it out")
     if args.adapt and not decoder.adapt_steps:
         raise BadInput(f"--adapt {args.adapt}: {name} is not made to be adapted; leave it out")
     if args.refine == "guided" and decoder.returns != "logits":
         raise BadInput(f"--refine guided: needs logits, and {name} returns {decoder.returns}")
-    decoder.views = args.views or decoder.views
     decoder.adapt_steps = decoder.adapt_steps if args.adapt is None else args.adapt
     return decoder.guided if args.refine is None else args.refine == "guided"
 

@@ -266,9 +266,6 @@ DECODERS: dict[str, type[Decoder]] = {
 }
 
 
-# --- making and running ------------------------------------------------------------------------
-
-
 def make_decoder(name: str, shapes: Shapes, size: tuple[int, int], seed: int = 0) -> Decoder:
     """Return a new decoder for features of `shapes` and frames of `size`. Raises BadInput."""
     if name not in DECODERS:
@@ -306,14 +303,11 @@ def finest(shapes: Shapes, stride: float | None = None) -> tuple[int, int]:
     return max(grids, key=lambda grid: grid[0] * grid[1])
 
 
-# --- model.pt ----------------------------------------------------------------------------------
-
-
 def describe(decoder: Decoder, folder: FeatureFolder, levels: list[str]) -> dict:
     """Return what a model must remember of its decoder and features to be run again."""
-    names = [name for name, kind in DECODERS.items() if kind is type(decoder)]
-    return {"format": FORMAT, "decoder": names[0] if names else type(decoder).__name__,
-            "returns": decoder.returns, **folder.describe(levels)}
+    name = next((key for key, kind in DECODERS.items() if kind is type(decoder)), "your own")
+    return {"format": FORMAT, "decoder": name, "returns": decoder.returns,
+            **folder.describe(levels)}
 
 
 def save_model(path: Path, description: dict, decoder: Decoder) -> None:

@@ -13,9 +13,9 @@ import zipfile
 from pathlib import Path
 
 from vos import cli
-from vos.contest import LIMIT
 from vos.images import image_file
 from vos.inputs import BadInput, read_json, read_paths
+from vos.layers import LIMIT
 from vos.outputs import check_output, locked, whole_file
 
 OUTPUT = re.compile(r"outputs/[\w.-]{1,190}\.png", re.ASCII)

@@ -23,7 +23,7 @@ import torch
 import data
 import models
 from models import DECODERS, Decoder, Recipe
-from vos import cli, contest, distributed, pictures, runs
+from vos import cli, distributed, layers, pictures, runs
 from vos.inputs import BadInput
 from vos.outputs import Stopped, check_output, write_json
 
@@ -46,7 +46,6 @@ def parse_args() -> argparse.Namespace:
     group = parser.add_argument_group("model")
     group.add_argument("--decoder", choices=list(DECODERS), default="simple",
                        help="see models.py (default: simple)")
-    group.add_argument("--compile", action="store_true", help="run it through torch.compile")
     group.add_argument("--amp", action="store_true", help="run it in bfloat16 autocast")
     group = parser.add_argument_group("recipe (default: the decoder's own, in models.py)")
     for field in dataclasses.fields(Recipe):
@@ -71,9 +70,6 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-# --- the training ------------------------------------------------------------------------------
-
-
 def make_optimizer(decoder: Decoder, recipe: Recipe) -> torch.optim.Optimizer:
     """Return what changes the weights: anything with param_groups, zero_grad() and step() does."""
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer]
@@ -95,7 +91,7 @@ def make_schedule(optimizer, recipe: Recipe) -> torch.optim.lr_scheduler.LRSched
 def fit(decoder: Decoder, training: data.Features, validation: data.Features | None = None,
         recipe: Recipe | None = None, out: Path | None = None, *, seed: int = 0,
         log_every: int | None = None, facts: dict | None = None, resume: bool = False,
-        amp: bool = False, compiled: bool = False, draw: bool = True,
+        amp: bool = False, draw: bool = True,
         group: distributed.Group = distributed.ALONE, tracker=None) -> float | None:
     """Train a decoder in place; return the best IoU on `validation`, or None without.
 
@@ -109,7 +105,10 @@ def fit(decoder: Decoder, training: data.Features, validation: data.Features | N
     log_every = log_every or max(1, recipe.steps // 10)
     device = training.device
     decoder.to(device).standardise(training)
-    check_decoder(decoder, training)
+    found = decoder.eval()(training.batch(training.index[:1])).shape[1:]
+    if found != decoder.grid:
+        raise BadInput(f"decoder {type(decoder).__name__}: its forward gives {list(found)} for a "
+                       f"frame; expected {list(decoder.grid)}, its grid")
     targets = data.pool_masks(training, decoder.cells)  # [N, gh, gw]
     clips = np.array(training.folder.meta["clips"])[training.index]  # a view counts as a clip
     optimizer = make_optimizer(decoder, recipe)
@@ -122,7 +121,7 @@ def fit(decoder: Decoder, training: data.Features, validation: data.Features | N
         from vos import resuming
         state = resuming.load_state(out, parts, state, write=group.main)
     best, losses = state["best"], [loss.to(device) for loss in state["losses"]]
-    forward = torch.compile(group.wrap(decoder)) if compiled else group.wrap(decoder)
+    forward = group.wrap(decoder)
     if tracker:
         tracker.watch(decoder, log_every)
 
@@ -170,17 +169,6 @@ def fit(decoder: Decoder, training: data.Features, validation: data.Features | N
     return best if validation else None
 
 
-def check_decoder(decoder: Decoder, training: data.Features) -> None:
-    """Raise BadInput unless the decoder gives its grid for a frame of the training features."""
-    decoder.eval()
-    with torch.no_grad():
-        found = list(decoder(training.batch(training.index[:1])).shape)
-    wanted = [1, *decoder.grid]
-    if found != wanted:
-        raise BadInput(f"decoder {type(decoder).__name__}: its forward gives {found} for a frame; "
-                       f"expected {wanted}, its grid")
-
-
 def mean_loss(losses: list[torch.Tensor], step: int, group: distributed.Group) -> float:
     """Return the mean of the losses up to `step`. Raises FloatingPointError at one not finite."""
     values = group.sum(torch.stack(losses))
@@ -202,7 +190,7 @@ def validate(decoder: Decoder, features: data.Features, group=distributed.ALONE)
         pixels = torch.stack(list(itertools.islice(predictions, len(part))))
         packed = data.rows_of(features.masks, part).to(features.device)
         masks = data.unpack(packed, pixels.shape[2])
-        iou = contest.contest_iou(contest.foreground(pixels), masks)
+        iou = layers.contest_iou(layers.foreground(pixels), masks)
         total += torch.stack([iou.nansum(), iou.isfinite().sum()]).to(total.dtype)
     added, frames = group.sum(total).tolist()
     return added / max(frames, 1)
@@ -225,7 +213,7 @@ def save(out: Path, row: dict, decoder: Decoder, training: data.Features,
         middle = shown.index[len(shown.index) // 2:][:1]
         pixels = next(models.predict(decoder, shown, middle)).cpu()
         mask = data.unpack(data.rows_of(shown.masks, middle).cpu(), pixels.shape[1])[0].numpy()
-        prediction = contest.foreground(pixels.numpy())
+        prediction = layers.foreground(pixels.numpy())
         file = out / f"predictions/{step:08d}.png"
         frame = runs.write_overlay(file, shown.folder, int(middle), prediction, mask)
         pictures.write_curves(out / "curves.svg", runs.read_log(out))
@@ -233,19 +221,8 @@ def save(out: Path, row: dict, decoder: Decoder, training: data.Features,
             tracker.image(step, frame, prediction, mask, shown.folder.meta["clips"][int(middle)])
 
 
-# --- the command -------------------------------------------------------------------------------
-
-
-def choose_recipe(args: argparse.Namespace) -> Recipe:
-    """Return the decoder's recipe with what the flags say instead."""
-    flags = {field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)}
-    said = {name: value for name, value in flags.items() if value is not None}
-    return dataclasses.replace(DECODERS[args.decoder].recipe, **said)
-
-
 def choose_held_out(features: data.Features, args: argparse.Namespace) -> list[list[str]]:
-    """Return the names of the clips to validate on, for each training: one, or one for each
-    fold."""
+    """Return the names of the clips to validate on: of one training, or of each fold."""
     clips = features.folder.clips[features.index]
     there = len(set(clips.tolist()))
     if there < (args.folds or (2 if args.holdout else 1)):
@@ -262,7 +239,10 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     group, device = distributed.join(cli.choose_device(args.device))
-    recipe = choose_recipe(args)
+    said = {key: value for key, value in vars(args).items() if value is not None}
+    fields = [field.name for field in dataclasses.fields(Recipe) if field.name in said]
+    said = {key: said[key] for key in fields}
+    recipe = dataclasses.replace(DECODERS[args.decoder].recipe, **said)
     out = args.out or Path("runs") / os.environ.get("WANDB_RUN_ID", args.decoder)
 
     # open what the flags name, and check that it fits together
@@ -286,7 +266,7 @@ def main() -> None:
     nparams += description["featurizer_parameters"]
     if group.main:
         print(f"{args.decoder} on {description['featurizer']}, {device}: {nparams:,} parameters of "
-              f"at most {contest.LIMIT - 1:,}; {recipe.steps} steps of {recipe.batch_size} from "
+              f"at most {layers.LIMIT - 1:,}; {recipe.steps} steps of {recipe.batch_size} from "
               f"{len(features[0].index)} frames, {recipe.optimizer}, lr {recipe.lr:g}")
 
     make_optimizer(decoder, recipe)  # imports PyTorch's compiler: a second that is not training's
@@ -307,7 +287,7 @@ def main() -> None:
             best = fit(decoder, training, validation, recipe,
                        out / f"fold-{number}" if args.folds else out, seed=args.seed, facts=facts,
                        log_every=args.log_every, resume=bool(args.resume), amp=args.amp,
-                       compiled=args.compile, draw=not args.no_pictures, group=group,
+                       draw=not args.no_pictures, group=group,
                        tracker=None if args.folds else log)
             results.append(validate(decoder, validation, group) if args.folds else best)
         if log and not args.folds:

@@ -24,19 +24,6 @@ def fetch_model(version="latest", mode="disabled"):
     return (folder / "model.pt").read_bytes()
 
 
-def test_features_go_up_and_come_down_the_same(tmp_path, server):
-    given = {"features.npy": b"f", "masks.npy": b"m", "paths.json": b"{}", "meta.json": b"{}"}
-    (tmp_path / "features").mkdir()
-    for name, data in given.items():
-        (tmp_path / "features" / name).write_bytes(data)
-    with tracking.start("online", "featurize", {}, []) as run:
-        tracking.log_features(run, tmp_path / "features", "alexnet", "train", {})
-    folder, used = tracking.fetch("wandb:alexnet-featurized-train:latest", "disabled")
-    assert used == f"{ENTITY}/davis/alexnet-featurized-train:v0"
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == given
-    assert len(server.runs) == 1  # fetching starts none
-
-
 def test_the_cache_is_used_without_the_network(server, monkeypatch, capfd):
     server.publish("linear", "trained-model", {"final_model": b"first"})
     assert fetch_model() == b"first"

@@ -245,7 +245,7 @@ def test_bad_input_is_refused_and_what_is_there_stays(made, tmp_path, case):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--adapt 3", "--adapt"), ("--refine guided", "--refine"), ("--views 2", "--views"),
+    ("--adapt 3", "--adapt"), ("--refine guided", "--refine"),
     ("--split val", "--split"), ("--masks x", "--masks"), ("--predictions x", "--predictions"),
     ("--out {}/val", "what this command reads"), ("--out {}/run/x", "lies in it"),
     ("--device toaster", "--device toaster"), ("--protocol davis2017", "--protocol"),

@@ -146,22 +146,6 @@ def test_a_full_disk_is_one_line_and_nothing_half_written(name, whole, tmp_path)
         same(name, out, whole)
 
 
-@pytest.mark.parametrize("name", ["featurize", "train", "evaluate"])
-def test_a_small_disk_that_fills(name, whole, tmp_path):
-    tmpfs = ["mount", "-t", "tmpfs", "-o", "size=8192", "none", tmp_path]  # two pages
-    done = subprocess.run(tmpfs, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"a small disk can only be mounted by root: {done.stderr.strip()}")
-    try:
-        says_where(forked(name, *flags_of(name, whole, tmp_path)), name, tmp_path)
-        check_whole(name, tmp_path, whole)
-        subprocess.run(["mount", "-o", "remount,size=32m", tmp_path], check=True)
-        ok(again(name, whole, tmp_path))
-        same(name, tmp_path, whole)
-    finally:
-        subprocess.run(["umount", tmp_path], check=True)
-
-
 @pytest.mark.parametrize("name", OUT)
 def test_the_second_of_two_runs_is_refused_and_the_first_untouched(name, whole, tmp_path):
     with stopped_at(tmp_path, 2, name, *flags_of(name, whole, tmp_path)) as first:

@@ -6,7 +6,7 @@ import pytest
 import reference_metrics as reference
 import torch
 
-from vos import contest, metrics
+from vos import layers, metrics
 
 SIZES = [(1, 1), (1, 9), (9, 1), (5, 63), (8, 65), (61, 129), (17, 200), (90, 31), (30, 1200)]
 
@@ -65,13 +65,13 @@ def test_frames_with_a_known_answer():
 
 def test_foreground_is_the_rounded_pixel():
     pixels = np.arange(256, dtype=np.uint8)
-    np.testing.assert_array_equal(contest.foreground(pixels), np.round(pixels / 255) == 1)
-    assert contest.foreground(torch.from_numpy(pixels)).sum() == 128
+    np.testing.assert_array_equal(layers.foreground(pixels), np.round(pixels / 255) == 1)
+    assert layers.foreground(torch.from_numpy(pixels)).sum() == 128
 
 
 def test_contest_iou_of_tensors_is_that_of_packed_arrays():
     predictions, masks = random_pairs(33, 77)
-    found = contest.contest_iou(torch.from_numpy(predictions), torch.from_numpy(masks))
+    found = layers.contest_iou(torch.from_numpy(predictions), torch.from_numpy(masks))
     np.testing.assert_allclose(found, score(predictions, masks)[0], rtol=1e-6)
 
 

@@ -116,19 +116,3 @@ def test_a_damaged_run_is_refused(features, tmp_path, case):
     harm, words = BAD[case]
     harm(tmp_path / "run")
     refuses("train", "--resume", tmp_path / "run", names=[words], untouched=tmp_path)
-
-
-def test_featurizing_killed_at_random_moments_gives_the_same_bytes(tmp_path):
-    write_davis(tmp_path / "clips", clips=6, val_clips=1, frames=4, size=(64, 96))
-    flags = ("--data", tmp_path / "clips", "--split", "train", "--featurizer", "alexnet",
-             "--weights", "random", "--compute", "float32", "--threads", 1)
-    ok(call("featurize", *flags, "--out", tmp_path / "whole"))
-    rng, finished = random.Random(3), tmp_path / ".f.vos-partial/finished-0.txt"
-    for _ in range(3):
-        running, wanted = start("featurize", *flags, "--out", tmp_path / "f"), lines(finished) + 1
-        result = kill_when(running, lambda wanted=wanted: lines(finished) >= wanted,
-                           rng.uniform(0, 0.01))
-        assert result.status == -signal.SIGKILL and not (tmp_path / "f").exists(), result
-    assert 3 <= lines(finished) < 6
-    assert "going on" in ok(call("featurize", *flags, "--out", tmp_path / "f")).out
-    assert tree(tmp_path / "f") == tree(tmp_path / "whole") and not finished.parent.exists()

@@ -20,15 +20,6 @@ def test_clip_has_one_moving_object_and_a_few_frames_without_it():
     assert (masks[0] & masks[-1]).sum() < 0.9 * masks[0].sum()  # it moved
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_mask_is_where_the_texture_is(seed):
-    """Inside the mask neighbouring pixels differ far more than outside it, for every pattern."""
-    frames, masks = sample.make_clip(seed, frames=1, height=240, width=427)
-    down, across = np.gradient(frames[0].astype(float).mean(axis=-1))
-    steepness = np.hypot(down, across)
-    assert steepness[masks[0]].mean() > 2 * steepness[~masks[0]].mean()
-
-
 def test_same_seed_same_clip_another_seed_another():
     first, again, other = (sample.make_clip(seed, 3, 48, 65) for seed in (5, 5, 8))
     assert np.array_equal(first[0], again[0]) and np.array_equal(first[1], again[1])
@@ -48,10 +39,3 @@ def test_command_writes_a_davis_root(tmp_path, monkeypatch):
     assert np.abs(image.astype(int) - frames[1]).mean() < 12  # JPEG
     made = json.loads((out / "sample.json").read_text())
     assert made == {"made_by": "vos.sample", "seed": 1}
-
-
-@pytest.mark.parametrize("bad", [["--size", "16x40"], ["--size", "40"], ["--seed", "-1"]])
-def test_bad_flags_are_refused(bad, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["sample", *bad])
-    with pytest.raises(BadInput, match=bad[0]):
-        sample.main()

@@ -212,38 +212,6 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
     assert kept["step"] == 6 and (tmp_path / "run/last.pt").exists()
 
 
-def write_with_mirror(folder, clips: dict[str, int]) -> None:
-    mirrored = {f"{clip}@mirror": frames for clip, frames in clips.items()}
-    write_features(folder, clips | mirrored, views=["mirror"])
-
-
-def train_apart(folder, held: list[str]) -> list[dict]:
-    """Train on a folder without the held-out clips, validating on one of them alone; the log."""
-    write_with_mirror(folder / "train", {clip: CLIPS[clip] for clip in CLIPS if clip not in held})
-    write_features(folder / "val", {clip: CLIPS[clip] for clip in sorted(held)})
-    ok(call("train", "--features", folder / "train", "--val-features", folder / "val",
-            "--out", folder / "run", *LINEAR))
-    return log_of(folder / "run")
-
-
-def test_clips_held_out_with_their_views_are_as_if_in_another_folder(tmp_path):
-    write_with_mirror(tmp_path / "features", CLIPS)
-    flags = ("--features", tmp_path / "features", *LINEAR)
-    ok(call("train", *flags, "--out", tmp_path / "run", "--holdout", 0.4))
-    model = models.load_model(tmp_path / "run")[1]
-    result = ok(call("train", *flags, "--out", tmp_path / "folds", "--folds", 2))
-    folds = json.loads((tmp_path / "folds/folds.json").read_text())
-    first, second = folds["held_out"]
-    assert sorted(first + second) == sorted(CLIPS) and len(model["held_out"]) == 2
-    runs = {"run": model["held_out"], "folds/fold-0": first, "folds/fold-1": second}
-    for run, held in runs.items():
-        apart = train_apart(tmp_path / "apart" / run, held)
-        assert log_of(tmp_path / run) == [pytest.approx(row, rel=1e-4) for row in apart]
-    last = [log_of(tmp_path / f"folds/fold-{number}")[-1]["val_iou"] for number in (0, 1)]
-    assert folds["val_iou"] == pytest.approx(last, rel=1e-6)
-    assert folds["mean"] == pytest.approx(sum(last) / 2) and f"{folds['mean']:.4f}" in result.out
-
-
 @pytest.mark.parametrize("flags, words", [
     (("--levels", "s8"), "has no level 's8', only s32"),
     (("--holdout", 0.5, "--val-features", "nowhere"), "--holdout"),

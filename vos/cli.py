@@ -1,7 +1,4 @@
-"""What every script's command line shares: its flags, its device, and how it fails.
-
-A script ends with `sys.exit(run(main))`, so that bad input ends in one line and exit status 2.
-"""
+"""What every script's command line shares: its flags, its device, and how it fails."""
 import argparse
 import contextlib
 import ctypes

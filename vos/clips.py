@@ -153,13 +153,13 @@ def check_frames(frames: list[Frame], threads: int = 4) -> list[tuple[int, int]]
 
 
 def parse_views(text: str) -> list[str]:
-    """Parse "mirror,zoom1.5" (argparse type): mirror, or zoom and a factor of 0.25 to 4, not 1."""
+    """Parse "zoom1.5,zoom0.7" (argparse type): zoom and a factor of 0.25 to 4, not 1."""
     views = text.split(",")
-    zooms = [re.fullmatch(r"zoom(\d(?:\.\d{1,6})?)", view) for view in views if view != "mirror"]
+    zooms = [re.fullmatch(r"zoom(\d(?:\.\d{1,6})?)", view) for view in views]
     fit = all(zoom and 0.25 <= float(zoom[1]) <= 4 and float(zoom[1]) != 1 for zoom in zooms)
     if not fit or len(set(views)) < len(views):
-        raise argparse.ArgumentTypeError("expected mirror, or zoom and a factor from 0.25 to 4, "
-                                         f"such as zoom1.5, each once, found {text!r}")
+        raise argparse.ArgumentTypeError("expected zoom and a factor from 0.25 to 4, such as "
+                                         f"zoom1.5, each once, found {text!r}")
     return views
 
 
@@ -167,8 +167,6 @@ def show(pixels: np.ndarray, view: str) -> np.ndarray:
     """Return a view of a frame or mask [H, W, ...], which is itself when `view` is ""."""
     if not view:
         return pixels
-    if view == "mirror":
-        return np.ascontiguousarray(pixels[:, ::-1])
     # zoom2 is the middle half of each side; zoom0.5 is twice the side, amid its own reflections
     zoom = float(view.removeprefix("zoom"))
     index = []

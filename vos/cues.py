@@ -11,8 +11,7 @@ SPANS = (2, 4, 8, 16)  # frames from one to the other that it is compared with
 def clip_cues(level: torch.Tensor) -> torch.Tensor:
     """Return four cues for each position of a clip's level, [T, C, h, w] -> float32 [T, 4, h, w].
 
-    How far it lies from the background (the frames' borders, and what looks like them), how far
-    from the whole clip, how it changed against its median over time, and against other frames.
+    Its distance from the background and from the clip, its change against median and other frames.
     """
     level = level.float()
     frames, _, height, width = level.shape

@@ -7,9 +7,8 @@
         paths.json       {"raw": {"0": path, ...}, "annotation": {...}}, relative to meta's "data"
         meta.json        everything else, as main() in featurize.py writes it
 
-N rows: all frames, then all frames once more for each view; C channels, h w feature grid, H W mask.
-In meta.json "levels" are {level: [C, h, w]}, coarse to fine; null are "sizes" that all are "size",
-"labelled" when all rows have a mask or none has, "cues" (their version) when there are none.
+N rows: all frames, then all frames once more for each view; C channels, h w grid, H W mask. What
+meta.json holds is said in docs/formats.md.
 """
 import math
 from collections.abc import Sequence

@@ -1,9 +1,11 @@
-"""Parts of the decoders. B batch, C channels, h w feature grid."""
+"""Parts of the decoders, and the contest's rules. B batch, C channels, h w feature grid."""
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+LIMIT = 50_000_000  # parameters of featurizer and decoder must be fewer
 
 
 class Block(nn.Module):
@@ -87,3 +89,13 @@ def count_flops(work: Callable, inputs: Sequence) -> int:
     with FlopCounterMode(display=False) as counter:
         work(inputs)
     return counter.get_total_flops()
+
+
+def foreground(pixels):
+    """Return as bool which uint8 pixels (array or tensor) are foreground: p / 255 rounds to 1."""
+    return pixels > 127
+
+
+def contest_iou(predictions: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """Return the contest's IoU, float32 [N], of bool [N, H, W]; NaN where both masks are empty."""
+    return (predictions & masks).sum((1, 2)) / (predictions | masks).sum((1, 2))

@@ -88,7 +88,9 @@ def summarize(clips: Sequence[str], iou: np.ndarray, J: np.ndarray, F: np.ndarra
         for name, values in (("J", J[indices]), ("F", F[indices])):
             per_clip[clip][f"{name}_mean"] = _mean(values)
             per_clip[clip][f"{name}_recall"] = _mean(values > 0.5)
-            per_clip[clip][f"{name}_decay"] = decay(values)
+            edges = np.round(np.linspace(0, len(values) - 1, 5) + 1e-10).astype(int)  # of quarters
+            first, last = _mean(values[:edges[1] + 1]), _mean(values[edges[3]:])
+            per_clip[clip][f"{name}_decay"] = None if first is None else first - last
 
     kept = [index for indices in frames.values() for index in indices]
     scores = {"protocol": protocol, "frames": len(kept), "mean_iou": _mean(iou[kept])}
@@ -96,13 +98,6 @@ def summarize(clips: Sequence[str], iou: np.ndarray, J: np.ndarray, F: np.ndarra
         of_clips = [clip_scores[key] for clip_scores in per_clip.values()]
         scores[key] = _mean(np.array(of_clips, dtype=np.float64))  # None becomes NaN
     return scores | {"per_clip": per_clip}
-
-
-def decay(values: np.ndarray) -> float | None:
-    """Return the mean of a clip's first quarter minus that of its last; they share edge frames."""
-    edges = np.round(np.linspace(0, len(values) - 1, 5) + 1e-10).astype(int)
-    first, last = _mean(values[edges[0]:edges[1] + 1]), _mean(values[edges[3]:edges[4] + 1])
-    return None if first is None or last is None else first - last
 
 
 def _mean(values: np.ndarray) -> float | None:
