@@ -59,7 +59,7 @@ def parse_args() -> argparse.Namespace:
     if not (args.predictions and args.data) and not (args.model and (args.features or args.data)):
         raise BadInput("--model: expected with --features or --data; or --predictions with --data")
     useless = {
-        "predictions": ["model", "features", "weights", "resident", "adapt", "views", "refine"],
+        "predictions": ["model", "features", "weights", "resident", "adapt", "refine"],
         "features": ["split", "masks", "weights"], "data": ["resident"]}
     source = next(name for name in useless if getattr(args, name))
     for flag in useless[source]:

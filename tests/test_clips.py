@@ -2,8 +2,6 @@
 import argparse
 import itertools
 import json
-import threading
-import time
 from pathlib import Path
 
 import numpy as np

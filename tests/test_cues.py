@@ -63,19 +63,3 @@ def test_an_object_that_moves_its_own_way_stands_out():
     ids=["1 frame", "3", "nothing", "1x1", "static"])
 def test_short_static_and_tiny_clips_have_cues_too(level):
     assert cues.clip_cues(level).isfinite().all()
-
-
-def test_featurize_keeps_the_cues_of_each_clip_beside_its_features(tmp_path):
-    write_davis(tmp_path / "clips", clips=2, val_clips=1, frames=3, size=(64, 96))
-    flags = ("--data", tmp_path / "clips", "--split", "train", "--featurizer", "alexnet",
-             "--weights", "random", "--threads", 1)
-    ok(call("featurize", *flags, "--levels", "s8,s16", "--out", tmp_path / "f"))
-    loaded = data.load_features(data.open_features(tmp_path / "f"), cues=True)
-    for level, kept in zip(loaded.levels[:2], loaded.levels[2:], strict=True):
-        assert kept.shape == (6, 4, *level.shape[2:]) and kept.dtype == torch.float16
-        for first in (0, 3):
-            made = cues.clip_cues(level[first:first + 3]).half()
-            torch.testing.assert_close(kept[first:first + 3], made, rtol=0, atol=2e-3)
-    ok(call("featurize", *flags, "--levels", "s8,s16", "--no-cues", "--out", tmp_path / "none"))
-    ok(call("featurize", *flags, "--out", tmp_path / "one"))
-    assert not [*tmp_path.glob("none/cues*"), *tmp_path.glob("one/cues*")]

@@ -1,4 +1,4 @@
-"""vos/efficientnet_lite.py: strides, padding, folding; the pretrained network knows its classes."""
+"""vos/efficientnet_lite.py: strides, padding, folding, weights."""
 import importlib.util
 from pathlib import Path
 

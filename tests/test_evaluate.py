@@ -207,13 +207,6 @@ def rewrite(made, **changes) -> None:
     torch.save({**torch.load(path), **changes}, path)
 
 
-def flip_weight(path) -> None:
-    """Change one bit of one weight."""
-    content = path.read_bytes()
-    at = content.index(torch.load(path)["state"]["conv.weight"].numpy().tobytes()) + 3
-    path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1:])
-
-
 def remake(made, **options) -> None:
     shutil.rmtree(made / "val")
     helpers.write_features(made / "val", {"cat": 5}, **options)
@@ -223,10 +216,7 @@ BAD = {  # what is done to the folder, and words of the refusal
     "a flipped bit": (lambda m: flip(m / "val/features.npy"), ["features.npy", "SHA-256"]),
     "no model": (lambda m: shutil.rmtree(m / "run"), ["run", "no such file"]),
     "a cut model": (lambda m: cut(m / "run/model.pt"), ["run/model.pt"]),
-    "a flipped model": (lambda m: flip_weight(m / "run/model.pt"), ["run/model.pt"]),
     "another decoder": (lambda m: rewrite(m, decoder="linear"), ["run/model.pt: does not fit"]),
-    "an unknown one": (lambda m: rewrite(m, decoder="mine"), ["'mine'", "simple"]),
-    "other returns": (lambda m: rewrite(m, returns="logits"), ["probabilities"]),
     "featurizer": (lambda m: remake(m, featurizer="alexnet"), ["alexnet", "made-up"]),
     "weights": (lambda m: remake(m, weights="ffff"), ["ffff", "0123456789abcdef"]),
     "level": (lambda m: remake(m, levels={"s16": (6, 7, 9)}), ["s32"]),

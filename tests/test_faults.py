@@ -2,7 +2,6 @@
 import resource
 import shutil
 import signal
-import subprocess
 from pathlib import Path
 
 import imageio.v3 as iio

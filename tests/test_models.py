@@ -1,4 +1,4 @@
-"""models.py: the notebook's decoder, levels at any frame's shape, what a model remembers."""
+"""models.py: the notebook's decoder, losses and levels, what a model remembers."""
 import math
 import os
 from pathlib import Path
@@ -14,8 +14,6 @@ from notebook import notebook_decoder
 import data
 import models
 from models import DECODERS
-from vos import featurizers
-from vos.cli import level_name, level_stride
 from vos.inputs import BadInput
 from vos.layers import count_flops, pooling
 
@@ -164,40 +162,6 @@ def test_a_frame_and_its_mirror_image_are_averaged_unless_one_view_is_asked_for(
     one, other = decoder(levels), decoder([level.flip(-1) for level in levels]).flip(-1)
     torch.testing.assert_close(both, (one + other) / 2, rtol=0, atol=1e-6)
     assert not torch.allclose(both, one, atol=1e-3)
-
-
-NINE = [level_name(stride, scale) for stride in ("s8", "s16", "s32") for scale in (1, 0.5, 0.25)]
-FRAMES = {"16:9": (480, 854), "4:3": (480, 640), "2.35:1": (272, 640), "square": (300, 300),
-          "portrait": (854, 480), "small": (144, 176)}
-
-
-@pytest.fixture(scope="module")
-def featurizer():
-    return featurizers.build_featurizer("efficientnet_lite0", NINE, "random")
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("frames", FRAMES)
-@pytest.mark.parametrize("name", ["fpn", "temporal"])
-def test_a_model_runs_on_frames_of_another_shape(featurizer, saved, name, frames):
-    """Modules follow the strides and scales of levels, since grids round otherwise elsewhere."""
-    shapes = featurizer.shapes((480, 854))
-    trained = DECODERS[name](shapes, (480, 854))
-    description = saved[3] | {"decoder": name, "size": [480, 854]}
-    description["shapes"] = {level: list(shape) for level, shape in shapes.items()}
-    models.save_model(saved[1], description, trained)
-
-    size = FRAMES[frames]
-    shapes = featurizer.shapes(size)
-    decoder, _ = models.load_model(saved[1], size, shapes)
-    assert decoder.at == trained.at and len(decoder.grids) == 5
-    maps = [torch.randn(1, *shape) for shape in shapes.values()]
-    if decoder.cues:
-        maps += [torch.randn(1, 4, *shape[1:]) for shape in shapes.values()]
-    output = decoder(maps)
-    finest = min(shapes, key=level_stride)
-    assert output.shape == (1, *shapes[finest][1:]) and output.isfinite().all()
-    assert decoder.pixels(output).shape == (1, *size)
 
 
 def test_a_model_comes_back_as_it_was_saved(saved, tmp_path):

@@ -1,5 +1,4 @@
 """Overlays, PNGs and curves: which pixels change, what is on disk, what the drawing says."""
-import re
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
@@ -60,3 +59,10 @@ def test_curves_have_numbers_on_their_axes_and_lines_where_measured(tmp_path):
                      "step 10"]
     assert lines[3] == "M60.0 40.0h0L700.0 110.0h0"
     assert lines[7] == "M700.0 345.0h0"
+
+
+@pytest.mark.parametrize("rows", [[{"step": 3}], [{"step": 0, "loss": float("nan")}],
+                                  [{"step": 0, "loss": 0.0}, {"step": 1, "loss": 0.0}]])
+def test_curves_of_next_to_nothing_are_drawn_too(tmp_path, rows):
+    texts, lines = curves(tmp_path, rows)
+    assert len(texts) == 10 and "nan" not in "".join(lines)

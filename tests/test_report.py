@@ -1,6 +1,4 @@
 """The report in headless Chromium, driven over WebDriver's HTTP protocol; and what needs none."""
-import base64
-import io
 import json
 import re
 import shutil
@@ -156,16 +154,6 @@ def test_frames_chosen(ious, expected):
     section = results.clip_section("a", rows, picture)
     found = re.findall(r"<figcaption>(\w+): frame (\d)", section)
     assert [(word, int(index)) for word, index in found] == expected
-
-
-@pytest.mark.parametrize("size, expected", [
-    ((480, 854), (270, 480)), ((854, 480), (480, 270)), ((64, 91), (64, 91)), ((960, 1), (480, 1))])
-def test_a_picture_is_made_small(size, expected):
-    frame = np.full((*size, 3), (10, 200, 255), np.uint8)
-    section = results.clip_section("a", [{"index": 0, "frame": 0}], lambda index: frame)
-    data, = re.findall('src="data:image/jpeg;base64,([^"]*)"', section)
-    back = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
-    assert back.shape == (*expected, 3) and np.abs(back.astype(int) - (10, 200, 255)).max() < 5
 
 
 def test_report_fetches_only_what_lies_beside_it(page):

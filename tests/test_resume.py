@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from forking import Result, Running, end, start
-from helpers import call, change_json, cut, ok, refuses, script, tree, write_davis, write_features
+from helpers import call, change_json, cut, ok, refuses, script, tree, write_features
 
 KILLS = 10
 FLAGS = ("--decoder", "linear", "--optimizer", "adamw", "--weight-decay", 0.1, "--lr", 0.02,

@@ -2,11 +2,9 @@
 import json
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from vos import sample
-from vos.inputs import BadInput
 
 
 def test_clip_has_one_moving_object_and_a_few_frames_without_it():

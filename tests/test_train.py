@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import call, log_of, mean_iou, ok, refuses, script, tree, write_features
+from helpers import call, log_of, mean_iou, ok, refuses, tree, write_features
 from notebook import notebook_decoder, train_notebook
 
 import data
@@ -191,7 +191,7 @@ def test_a_decoder_of_another_shape_is_told_so_before_the_first_step(features, m
     decoder = Transposed(training.folder.shapes, training.folder.size)
     with pytest.raises(BadInput) as caught:
         train.fit(decoder, training)
-    for words in ("Transposed", "[1, 9, 7]", "[1, 7, 9]"):
+    for words in ("Transposed", "[9, 7]", "[7, 9]"):
         assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -210,6 +210,18 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
     assert [row["step"] for row in log_of(tmp_path / "run")] == [0, 3, 6]
     kept = models.load_model(tmp_path / "run")[1]
     assert kept["step"] == 6 and (tmp_path / "run/last.pt").exists()
+
+
+def test_every_clip_is_held_out_of_one_fold(features, tmp_path):
+    flags = ("--features", features, *LINEAR, "--out", tmp_path / "folds", "--folds", 2)
+    result = ok(call("train", *flags))
+    folds = json.loads((tmp_path / "folds/folds.json").read_text())
+    runs = [tmp_path / f"folds/fold-{number}" for number in (0, 1)]
+    held = [models.load_model(run)[1]["held_out"] for run in runs]
+    assert folds["held_out"] == held and sorted(held[0] + held[1]) == sorted(CLIPS)
+    last = [log_of(run)[-1]["val_iou"] for run in runs]
+    assert folds["val_iou"] == pytest.approx(last, rel=1e-6)
+    assert folds["mean"] == pytest.approx(sum(last) / 2) and f"{folds['mean']:.4f}" in result.out
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -233,11 +245,3 @@ def test_folders_that_do_not_belong_together_are_refused(features, tmp_path, cha
     write_features(tmp_path / "val", {"fox": 3}, **changes)
     refuses("train", "--features", features, "--val-features", tmp_path / "val", *LINEAR,
             "--out", tmp_path / "run", names=[words], untouched=tmp_path)
-
-
-def test_as_a_process_bad_input_is_one_line_and_debug_shows_where(features, tmp_path):
-    (features / "features.npy").write_bytes(b"no array")
-    flags = ("--features", features, "--out", tmp_path / "run", *LINEAR)
-    refuses("train", *flags, names=["features.npy: "], untouched=tmp_path, run=script)
-    debug = script("train", *flags, "--debug")
-    assert debug.status != 0 and "Traceback" in debug.err and not (tmp_path / "run").exists()

@@ -128,10 +128,3 @@ def test_frames_are_shrunk_and_made_the_size_of_the_first(tmp_path, ffmpeg, kind
     number, (height, width) = count(tmp_path / f"a.{kind}")
     assert number == 3 and width == 480 and height in (245, 246)
     assert levels(tmp_path / f"a.{kind}") == [0, 1, 2]
-
-
-def test_an_encoder_that_fails_is_an_error(tmp_path, ffmpeg):
-    with pytest.raises(BadInput, match=r"gone.*cannot be written"):
-        video.write_video(tmp_path / "gone/a.mp4", greys(2), 10, "mp4")
-    with pytest.raises(OSError):
-        video.write_video(tmp_path / "gone/a.gif", greys(2), 10, "gif")

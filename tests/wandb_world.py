@@ -1,13 +1,11 @@
-"""A world of its own for the Weights & Biases client, and what the client wrote there.
+"""A world of its own for the Weights & Biases client.
 
 Nothing here imports wandb before a function is called.
 """
 import contextlib
 import os
-import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from wandb_server import KEY, WandbServer
@@ -37,40 +35,6 @@ def served(monkeypatch):
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         monkeypatch.setenv("WANDB_API_KEY", KEY)
         yield server
-
-
-def records(folder):
-    """Return the records of a run's .wandb file, which the client closes soon after `finish`."""
-    for _ in range(100):
-        found = read_records(next(Path(folder).glob("*.wandb")).read_bytes())
-        if found and found[-1].WhichOneof("record_type") == "exit":
-            return found
-        time.sleep(0.1)
-    raise AssertionError(f"{folder}: no exit record after ten seconds")
-
-
-def read_records(data):
-    """Return the records in a .wandb file: a header of seven bytes, then LevelDB's log format."""
-    from wandb.proto import wandb_internal_pb2
-    found, whole, at = [], b"", 7
-    assert data[:4] == b":W&B"
-    while at + 7 <= len(data):
-        if 32768 - at % 32768 < 7:  # the tail of a block is padding
-            at += 32768 - at % 32768
-            continue
-        _, length, kind = struct.unpack("<IHB", data[at:at + 7])
-        whole += data[at + 7:at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # the only or the last piece of a record
-            found.append(wandb_internal_pb2.Record.FromString(whole))
-            whole = b""
-    return found
-
-
-def offline_artifacts(folder):
-    """Return the names of the artifacts in an offline run."""
-    return {record.artifact.name for record in records(folder)
-            if record.WhichOneof("record_type") == "artifact"}
 
 
 def sync(*arguments):
