@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
-import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -122,14 +121,6 @@ def listed(root: Path, split: str = "train") -> list[tuple[Path, ...]]:
     """Return the (frame, mask) files of a split, in order."""
     lines = (root / "ImageSets/480p" / f"{split}.txt").read_text().splitlines()
     return [tuple(root / part[1:] for part in line.split()) for line in lines]
-
-
-def write_frames(folder: Path, names: list[str], size: tuple[int, int] = (32, 40)) -> list[Path]:
-    """Write frames of one grey each, so that a frame tells which it is: frame i is 10 * i."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, name in enumerate(names):
-        iio.imwrite(folder / name, np.full((*size, 3), 10 * number, np.uint8))
-    return [folder / name for name in names]
 
 
 def random_masks(rng: np.random.Generator, frames: int, size: tuple[int, int]) -> np.ndarray:

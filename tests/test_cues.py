@@ -1,10 +1,8 @@
-"""What a whole clip tells: against definitions, on clips whose answer is known, and in a folder."""
+"""What a whole clip tells: against definitions, on clips whose answer is known."""
 import numpy as np
 import pytest
 import torch
-from helpers import call, ok, write_davis
 
-import data
 from vos import cues
 
 

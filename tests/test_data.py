@@ -123,14 +123,6 @@ def test_values_that_are_no_numbers_are_refused(tmp_path, value, dtype):
         load(tmp_path / "f")
 
 
-def test_a_level_or_cues_that_are_not_there(folder, tmp_path):
-    with pytest.raises(BadInput, match=r"has no level 's8', only s32, s16; .*--levels s8"):
-        load(folder, ["s8"])
-    write_features(tmp_path / "plain", {"cat": 2})
-    with pytest.raises(BadInput, match=r"plain: has no cues.*--cues"):
-        load(tmp_path / "plain", cues=True)
-
-
 def draw_runs(rng: np.random.Generator, pixels: int, groups: int) -> torch.Tensor:
     """Return the group of every pixel: `groups` runs of random lengths, none empty."""
     starts = np.sort(rng.permutation(np.arange(1, pixels))[:groups - 1])

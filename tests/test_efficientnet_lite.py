@@ -1,6 +1,5 @@
 """vos/efficientnet_lite.py: strides, padding, folding, weights."""
 import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +8,6 @@ from torch import nn
 
 from vos.efficientnet_lite import EfficientNetLite, SameConv
 from vos.inputs import BadInput
-
-DAVIS = Path(__file__).resolve().parent.parent.parent / "shared" / "davis" / "JPEGImages" / "480p"
 
 
 @torch.no_grad()

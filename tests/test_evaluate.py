@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import call, change_json, cut, flip, listed, mean_iou, ok, refuses, sign, tree
+from helpers import call, change_json, flip, listed, mean_iou, ok, refuses, sign, tree
 
 TRAIN = ("--threads", 1, "--no-pictures", "--steps", 30, "--lr", 0.05)
 PLAIN = ("--threads", 1, "--no-pictures")
@@ -95,6 +95,7 @@ def test_outputs_are_the_models_and_scores_the_contests(made, tmp_path):
     assert [row["clip"] for row in rows] == ["cat"] * 5 + ["dog"] * 3
     assert read(out, "metadata.json")["nparams"] == 1000 + 6 * 9 + 1
     assert f"next: python package.py --results {out}" in said and f"{expected:.4f}" in said
+
 
 def test_without_annotations_frames_csv_still_names_every_output(made, tmp_path):
     helpers.write_features(made / "test", {"fox": 1, "=fox()": 1}, annotated=False)
@@ -215,7 +216,6 @@ def remake(made, **options) -> None:
 BAD = {  # what is done to the folder, and words of the refusal
     "a flipped bit": (lambda m: flip(m / "val/features.npy"), ["features.npy", "SHA-256"]),
     "no model": (lambda m: shutil.rmtree(m / "run"), ["run", "no such file"]),
-    "a cut model": (lambda m: cut(m / "run/model.pt"), ["run/model.pt"]),
     "another decoder": (lambda m: rewrite(m, decoder="linear"), ["run/model.pt: does not fit"]),
     "featurizer": (lambda m: remake(m, featurizer="alexnet"), ["alexnet", "made-up"]),
     "weights": (lambda m: remake(m, weights="ffff"), ["ffff", "0123456789abcdef"]),

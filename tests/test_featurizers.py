@@ -8,7 +8,6 @@ from torch import nn
 
 from vos.featurizers import build_featurizer, resize
 from vos.inputs import BadInput
-from vos.layers import count_flops
 
 IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 

@@ -23,28 +23,25 @@ def test_what_does_not_fit_is_read_from_disk_unasked_and_trains_the_same(tmp_pat
     assert log_of(tmp_path / "run") == log_of(tmp_path / "whole")
 
 
-@pytest.fixture
-def limited(monkeypatch):
-    """A featurizer that runs out of memory above a number of frames; the numbers it was given."""
+def limit(monkeypatch, most: int) -> list[int]:
+    """Let featurizers run out of memory above `most` frames; return the numbers they are given."""
     forward, sizes = featurizers.Featurizer.forward, []
 
-    def limit(most: int) -> list[int]:
-        def small(self, frames):
-            if frames.device.type != "meta":
-                sizes.append(len(frames))
-                if len(frames) > most:
-                    raise torch.OutOfMemoryError("out of memory")
-            return forward(self, frames)
-        monkeypatch.setattr(featurizers.Featurizer, "forward", small)
-        return sizes
-    return limit
+    def small(self, frames):
+        if frames.device.type != "meta":
+            sizes.append(len(frames))
+            if len(frames) > most:
+                raise torch.OutOfMemoryError("out of memory")
+        return forward(self, frames)
+    monkeypatch.setattr(featurizers.Featurizer, "forward", small)
+    return sizes
 
 
-def test_a_batch_that_does_not_fit_is_halved_and_the_same(tmp_path, limited):
+def test_a_batch_that_does_not_fit_is_halved_and_the_same(tmp_path, monkeypatch):
     write_davis(tmp_path / "clips", clips=1, val_clips=1, frames=3, size=(64, 96))
     flags = ("--data", tmp_path / "clips", *ALEXNET)
     ok(call("featurize", *flags, "--out", tmp_path / "whole"))
-    sizes = limited(1)
+    sizes = limit(monkeypatch, 1)
     ok(call("featurize", *flags, "--out", tmp_path / "halved"))
     assert max(sizes) == 3 and sizes.count(1) == 3
     whole, halved = (np.load(tmp_path / name / "features.npy") for name in ("whole", "halved"))
@@ -52,10 +49,10 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_same(tmp_path, limited):
 
 
 @pytest.mark.parametrize("name", ["featurize", "train"])
-def test_what_cannot_fit_is_said_in_one_line_with_the_way_out(tmp_path, limited, monkeypatch, name):
+def test_what_cannot_fit_is_said_in_one_line_with_the_way_out(tmp_path, monkeypatch, name):
     write_davis(tmp_path / "clips", clips=1, val_clips=1, frames=3, size=(64, 96))
     write_features(tmp_path / "features", {"ant": 9})
-    limited(0)
+    limit(monkeypatch, 0)
     flags = {"featurize": ("--data", tmp_path / "clips", *ALEXNET),
              "train": ("--features", tmp_path / "features", "--threads", 1)}[name]
 
