@@ -1,7 +1,7 @@
 """Run a trained decoder on features, write its masks, and score them where annotations exist.
 
     python evaluate.py --model runs/simple --features features/alexnet-val
-    python evaluate.py --model runs/temporal --data holiday.mp4       # your own clip, on the fly
+    python evaluate.py --data holiday.mp4   # your own clip, by the decoder that comes with it
     python evaluate.py --predictions MASKS --data DAVIS --split val   # score masks from anywhere
 
 writes results/<name>/: outputs/*.png (255 * probability), paths.json, metadata.json, frames.csv,
@@ -28,11 +28,14 @@ from vos.metrics import PROTOCOLS
 from vos.outputs import check_output, new_folder, write_json
 from vos.refine import adapt
 
+PRETRAINED = Path(__file__).with_name("pretrained") / "temporal.pt"
+
 
 def parse_args() -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     group = parser.add_argument_group("data")
-    group.add_argument("--model", help="run folder or model.pt written by train.py, or wandb:...")
+    group.add_argument("--model", help="run folder or model.pt written by train.py, or wandb:... "
+                       "(default: with --data alone, pretrained/temporal.pt)")
     group.add_argument("--features", help="feature folder written by featurize.py, or wandb:...")
     group.add_argument("--data", help="frames, a video or wandb:... to featurize on the fly; "
                        "beside --features, where their frames are now")
@@ -56,6 +59,8 @@ def parse_args() -> argparse.Namespace:
     cli.add_run_flags(parser)
     args = parser.parse_args()
 
+    if args.data and not (args.model or args.features or args.predictions):
+        args.model = str(PRETRAINED)
     if not (args.predictions and args.data) and not (args.model and (args.features or args.data)):
         raise BadInput("--model: expected with --features or --data; or --predictions with --data")
     useless = {
@@ -155,6 +160,9 @@ def main() -> None:
     scored, folder, root = (cli.fetch(p, mode, used) for p in (given, args.features, args.data))
     inside = scored.is_file() or given.startswith("wandb:")  # which has a folder of versions
     name = (scored.parent if inside else scored).resolve().name
+    if scored == PRETRAINED:
+        print(f"no --model: takes {PRETRAINED.parent.name}/{PRETRAINED.name}, see the README there")
+        name = root.resolve().stem
     out = args.out or Path("results") / name
     inputs = [path for path in (scored, folder, root, args.masks) if path]
     check_output(out, "results", args.overwrite, inputs)

@@ -100,3 +100,12 @@ def test_bad_flags_are_one_line_and_debug_shows_where(name, tmp_path, monkeypatc
     if name != "vos.sample":
         debug = call(name, *needed, "--debug")
         assert debug.status != 0 and "Traceback" in debug.err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a shell that closes a stream")
+def test_a_poor_terminal_gets_its_line_too(tmp_path):
+    line = f"env -u HOME PYTHONIOENCODING=ascii {sys.executable} {ROOT}/train.py --features é"
+    for more, said in (("", r"train.py: \xe9: no such feature folder"), (" 2>&-", "")):
+        done = subprocess.run(["sh", "-c", line + more], cwd=tmp_path, capture_output=True,
+                              text=True)
+        assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr

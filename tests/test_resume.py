@@ -10,6 +10,8 @@ import torch
 from forking import Result, Running, end, start
 from helpers import call, change_json, cut, ok, refuses, script, tree, write_features
 
+import models
+
 KILLS = 10
 FLAGS = ("--decoder", "linear", "--optimizer", "adamw", "--weight-decay", 0.1, "--lr", 0.02,
          "--schedule", "onecycle", "--batch-size", 4, "--threads", 1, "--no-pictures")
@@ -116,3 +118,15 @@ def test_a_damaged_run_is_refused(features, tmp_path, case):
     harm, words = BAD[case]
     harm(tmp_path / "run")
     refuses("train", "--resume", tmp_path / "run", names=[words], untouched=tmp_path)
+
+
+def test_a_resumed_run_keeps_its_recipe_whatever_the_code_says_now(features, tmp_path, monkeypatch):
+    flags = (*features, "--decoder", "linear", "--steps", 9, "--threads", 1, "--no-pictures")
+    for name in ("whole", "run"):
+        ok(call("train", *flags, "--out", tmp_path / name))
+    (tmp_path / "run/last.pt").unlink()  # so that it starts anew
+    change_json(tmp_path / "run/args.json", code="another")
+    monkeypatch.setattr(models.Linear, "recipe", models.Recipe(lr=0.5, batch_size=2))
+    said = ok(call("train", "--resume", tmp_path / "run")).out
+    assert "another revision" in said
+    assert (tmp_path / "run/log.jsonl").read_bytes() == (tmp_path / "whole/log.jsonl").read_bytes()

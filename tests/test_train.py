@@ -245,3 +245,19 @@ def test_folders_that_do_not_belong_together_are_refused(features, tmp_path, cha
     write_features(tmp_path / "val", {"fox": 3}, **changes)
     refuses("train", "--features", features, "--val-features", tmp_path / "val", *LINEAR,
             "--out", tmp_path / "run", names=[words], untouched=tmp_path)
+
+
+def test_pictures_and_validation_do_not_change_the_training(features, tmp_path):
+    """Both run the decoder as it predicts; a step after them drops and mirrors as before."""
+    flags = ("--features", features, "--levels", "s32", "--decoder", "fpn", "--steps", 6,
+             "--log-every", 2, "--threads", 1)
+    for name, more in {"plain": ["--no-pictures"], "drawn": []}.items():
+        ok(call("train", *flags, *more, "--out", tmp_path / name))
+    losses = [[row["loss"] for row in log_of(tmp_path / name)] for name in ("plain", "drawn")]
+    assert losses[0] == losses[1]
+    decoder = models.make_decoder("fpn", data.open_features(features).shapes, (40, 60))
+    training = data.load_features(data.open_features(features))
+    steps = []
+    decoder.register_forward_hook(lambda module, *_: steps.append(module.training))
+    train.fit(decoder, training, training, models.Recipe(steps=5, batch_size=4), log_every=1)
+    assert sum(steps) == 5  # every step trained, whatever was done between them
