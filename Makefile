@@ -12,10 +12,12 @@ demo: .venv/installed
 	$(RUN) train.py --features demo/features/train --val-features demo/features/val --decoder linear --out demo/run --overwrite
 	$(RUN) evaluate.py --model demo/run --features demo/features/val --out demo/results --overwrite
 	$(RUN) package.py --results demo/results --out demo/submission.zip --overwrite
+	$(RUN) evaluate.py --data docs/bunny --out demo/bunny --overwrite
 	@echo
 	@$(RUN) -c 'import json; print("mean IoU", round(json.load(open("demo/results/scores.json"))["mean_iou"], 4))'
 	@echo "look at: demo/results/report.html, $$(ls demo/results/overlays/* | head -n 1), $$(ls demo/run/predictions/*.png | tail -n 1)"
 	@echo "submission: demo/submission.zip"
+	@echo "a real clip, by the pretrained decoder: demo/bunny/overlays/bunny.gif"
 
 test: .venv/installed-dev lint
 	$(PYTEST)
