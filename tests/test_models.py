@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import cut, random_masks, write_features
+from helpers import ROOT, cut, random_masks, write_features
 from notebook import notebook_decoder
 
 import data
@@ -222,3 +222,11 @@ def test_a_checkpoint_that_is_none_is_refused_in_one_line(saved, case):
         models.load_model(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     assert not path.with_name("harm").exists()
+
+
+def test_the_pretrained_decoder_is_small_and_says_what_it_was_trained_on():
+    file = ROOT / "pretrained/temporal.pt"
+    decoder, model = models.load_model(file)
+    assert file.stat().st_size < 1_000_000 and model["decoder"] == "temporal"
+    assert len(model["clips"]) == 29 and "hike" not in model["clips"] and model["step"] == 999
+    assert all(parameter.dtype == torch.float32 for parameter in decoder.parameters())
