@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vos.folder import AGAIN, FeatureFolder, array_name
-from vos.folder import open_features as open_features
+from vos.folder import AGAIN, FeatureFolder, array_name, open_features  # noqa: F401
 from vos.inputs import BadInput, opened
 
 SPARE = 0.8  # share of the free memory that features and masks may take

@@ -24,7 +24,7 @@ import models
 from vos import cli, clips, featurizers, results, sources, video
 from vos.inputs import BadInput
 from vos.layers import count_flops
-from vos.metrics import PROTOCOLS
+from vos.metrics import MEASURES, PROTOCOLS
 from vos.outputs import check_output, new_folder, write_json
 from vos.refine import adapt
 
@@ -34,8 +34,7 @@ PRETRAINED = Path(__file__).with_name("pretrained") / "temporal.pt"
 def parse_args() -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     group = parser.add_argument_group("data")
-    group.add_argument("--model", help="run folder or model.pt written by train.py, or wandb:... "
-                       "(default: with --data alone, pretrained/temporal.pt)")
+    group.add_argument("--model", help="run folder, model.pt or wandb:... (default: pretrained)")
     group.add_argument("--features", help="feature folder written by featurize.py, or wandb:...")
     group.add_argument("--data", help="frames, a video or wandb:... to featurize on the fly; "
                        "beside --features, where their frames are now")
@@ -198,7 +197,11 @@ def main() -> None:
             results.log(log, place, metadata, name, split, source, files, rows, scores)
 
     if scores:
-        results.print_scores(scores)
+        print(f"protocol {args.protocol}; mean_iou is over frames, J and F are means over clips")
+        print(f"{'clip':<24}{'frames':>10}" + "".join(f"{key:>10}" for key in MEASURES))
+        for clip, row in [*scores["per_clip"].items(), ("all", scores)]:
+            cells = ["-" if row[key] is None else f"{row[key]:.4f}" for key in MEASURES]
+            print(f"{clip:<24}{row['frames']:>10}" + "".join(f"{cell:>10}" for cell in cells))
     print(f"seconds: predict, write and score {seconds:.3f} ({len(rows) / seconds:,.0f} frames/s)")
     look = "" if args.no_pictures else f"; open {out / 'report.html'}"
     cli.say(f"wrote {out}: {len(rows)} frames{look}")

@@ -77,7 +77,10 @@ def write_arrays(place: Path, meta: dict, rows: list[clips.Frame], meaning: clip
         for name, shape in folder.list_arrays(meta, masks=bool(meaning)).items():
             dtype = {"m": "uint8", "c": "float16"}.get(name[0], meta["dtype"])
             if not (place / name).exists():
-                resuming.make_array(place / name, shape, dtype)
+                array = np.lib.format.open_memmap(place / name, "w+", np.dtype(dtype), shape)
+                if hasattr(os, "posix_fallocate"):  # a full disk is an error now, no crash later
+                    with open(place / name, "r+b") as file:
+                        os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
     group.wait()
 
     ranges = sources.clip_ranges(rows)

@@ -76,7 +76,8 @@ class Decoder(nn.Module):
         self.register_buffer("area", area, persistent=False)  # [gh, gw], sums to 1
 
     def standardise(self, features: Features) -> None:
-        """Look at the training features once, before the first step."""
+        """Look at the training features once, before the first step; sets `norms`, if any."""
+        fit_standardise(getattr(self, "norms", []), features)
 
     def loss(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Binary cross-entropy of each frame, its mean over the frame's pixels.
@@ -129,7 +130,6 @@ class Simple(Decoder):
         return self.mix_rows @ probabilities @ self.mix_columns.T
 
     def loss(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """As Decoder.loss, but of probabilities."""
         loss = F.binary_cross_entropy(output.float(), target, reduction="none")
         return (loss * self.area).sum((1, 2))
 
@@ -150,9 +150,6 @@ class Linear(Decoder):
         channels = [shape[0] for shape in shapes.values()]
         self.norms = nn.ModuleList(Standardise(c) for c in channels)
         self.convs = nn.ModuleList(nn.Conv2d(c, 1, 1) for c in channels)
-
-    def standardise(self, features: Features) -> None:
-        fit_standardise(self.norms, features)
 
     def forward(self, levels: list[torch.Tensor]) -> torch.Tensor:
         """levels: a [B, C, h, w] for each of `shapes`. Returns logits [B, gh, gw]."""
@@ -202,9 +199,6 @@ class FPN(Decoder):
             nn.Sequential(*[Block(width, dilation) for dilation in stage])
             for width, stage in zip(widths, dilations))
         self.output = nn.Conv2d(self.fine, 1, 1)
-
-    def standardise(self, features: Features) -> None:
-        fit_standardise(self.norms, features)
 
     def forward(self, levels: list[torch.Tensor]) -> torch.Tensor:
         """levels: a [B, C, h, w] for each of `shapes`, then their cues. Returns logits [B, gh,

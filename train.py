@@ -43,16 +43,12 @@ def parse_args() -> argparse.Namespace:
                        help="comma-separated levels to use (default: all that the folder has)")
     group.add_argument("--resident", choices=["device", "disk"],
                        help="where features are kept (default: on the device, if they fit)")
-    group = parser.add_argument_group("model")
-    group.add_argument("--decoder", choices=list(DECODERS), default="simple",
-                       help="see models.py (default: simple)")
-    group.add_argument("--amp", action="store_true", help="run it in bfloat16 autocast")
-    group = parser.add_argument_group("recipe (default: the decoder's own, in models.py)")
+    group = parser.add_argument_group("decoder, and recipe (default: its own, in models.py)")
+    group.add_argument("--decoder", choices=list(DECODERS), default="simple", help="(simple)")
     for field in dataclasses.fields(Recipe):
         group.add_argument("--" + field.name.replace("_", "-"), **field.metadata)
     group = parser.add_argument_group("log")
-    group.add_argument("--seed", type=cli.count(2**31, least=0), default=0,
-                       help="of everything random (default: 0)")
+    group.add_argument("--seed", type=cli.count(2**31, least=0), default=0, help="(default: 0)")
     group.add_argument("--out", type=Path, help="run folder to write (default: runs/<decoder>)")
     group.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run folder")
     group.add_argument("--log-every", type=cli.count(10**9), help="steps (default: a tenth)")
@@ -91,8 +87,7 @@ def make_schedule(optimizer, recipe: Recipe) -> torch.optim.lr_scheduler.LRSched
 def fit(decoder: Decoder, training: data.Features, validation: data.Features | None = None,
         recipe: Recipe | None = None, out: Path | None = None, *, seed: int = 0,
         log_every: int | None = None, facts: dict | None = None, resume: bool = False,
-        amp: bool = False, draw: bool = True,
-        group: distributed.Group = distributed.ALONE, tracker=None) -> float | None:
+        draw: bool = True, group=distributed.ALONE, tracker=None) -> float | None:
     """Train a decoder in place; return the best IoU on `validation`, or None without.
 
     training, validation: features with masks. recipe: None for the decoder's own. out: the run
@@ -135,8 +130,7 @@ def fit(decoder: Decoder, training: data.Features, validation: data.Features | N
             levels, target = training.batch(rows), data.rows_of(targets, rows)
 
             # forward, loss, backward, step
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                loss = decoder.loss(forward(levels), target).sum() / len(order)
+            loss = decoder.loss(forward(levels), target).sum() / len(order)
             optimizer.zero_grad()
             (loss * group.size).backward()  # several processes average their gradients
             if recipe.clip_gradient:
@@ -239,9 +233,8 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     group, device = distributed.join(cli.choose_device(args.device))
-    said = {key: value for key, value in vars(args).items() if value is not None}
-    fields = [field.name for field in dataclasses.fields(Recipe) if field.name in said]
-    said = {key: said[key] for key in fields}
+    said = {field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)}
+    said = {name: value for name, value in said.items() if value is not None}
     recipe = dataclasses.replace(DECODERS[args.decoder].recipe, **said)
     out = args.out or Path("runs") / os.environ.get("WANDB_RUN_ID", args.decoder)
 
@@ -286,9 +279,8 @@ def main() -> None:
             decoder = models.make_decoder(args.decoder, shapes, folders[0].size, args.seed)
             best = fit(decoder, training, validation, recipe,
                        out / f"fold-{number}" if args.folds else out, seed=args.seed, facts=facts,
-                       log_every=args.log_every, resume=bool(args.resume), amp=args.amp,
-                       draw=not args.no_pictures, group=group,
-                       tracker=None if args.folds else log)
+                       log_every=args.log_every, resume=bool(args.resume), group=group,
+                       draw=not args.no_pictures, tracker=None if args.folds else log)
             results.append(validate(decoder, validation, group) if args.folds else best)
         if log and not args.folds:
             from vos import tracking

@@ -2,8 +2,7 @@
 
     python benchmarks/peer.py NOTEBOOK.py DAVIS ALEXNET_WEIGHTS --turns 3
 
-NOTEBOOK.py is a script of that pipeline which prints one JSON object of its seconds. Both run as
-processes, in turns. Prints a Markdown table of medians and ranges; its last line is JSON.
+NOTEBOOK.py is that pipeline, which prints its seconds as JSON. Prints a Markdown table.
 """
 import argparse
 import json
@@ -69,7 +68,6 @@ def main() -> None:
         columns = [*zip(*pairs), [their / own for their, own in pairs]]
         cells = [f"{statistics.median(c):.2f} ({min(c):.2f} to {max(c):.2f})" for c in columns]
         print(f"| {stage} | {' | '.join(cells)} |")
-    print(json.dumps({"notebook": theirs, "here": ours}))
 
 
 if __name__ == "__main__":

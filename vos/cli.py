@@ -36,8 +36,7 @@ def add_run_flags(parser: argparse.ArgumentParser, computes: bool = True) -> Non
     if computes:
         group.add_argument("--device", default="auto",
                            help="auto, cpu, cuda, cuda:N or mps (default: auto, the best there is)")
-        group.add_argument("--threads", type=count(1024),
-                           help="CPU threads (default: PyTorch's choice)")
+        group.add_argument("--threads", type=count(1024), help="CPU threads (default: PyTorch's)")
     group.add_argument("--overwrite", action="store_true", help="replace what is at --out")
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
 

@@ -9,10 +9,7 @@ SPANS = (2, 4, 8, 16)  # frames from one to the other that it is compared with
 
 
 def clip_cues(level: torch.Tensor) -> torch.Tensor:
-    """Return four cues for each position of a clip's level, [T, C, h, w] -> float32 [T, 4, h, w].
-
-    Its distance from the background and from the clip, its change against median and other frames.
-    """
+    """Return float32 [T, 4, h, w]: distance from background and clip, change in time and place."""
     level = level.float()
     frames, _, height, width = level.shape
     edge = max(1, height // 15)

@@ -11,12 +11,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from vos.inputs import BadInput, opened
 
+# kernel, stride and expansion of each stage; channels and blocks of each
 STAGES = ((3, 1, 1), (3, 2, 6), (5, 2, 6), (3, 2, 6), (5, 1, 6), (5, 2, 6), (3, 1, 6))
-VARIANTS = {  # channels and blocks of each stage; those of STAGES are kernel, stride and expansion
-    "efficientnet_lite0": ((16, 24, 40, 80, 112, 192, 320), (1, 2, 2, 3, 3, 4, 1)),
-    "efficientnet_lite1": ((16, 24, 40, 80, 112, 192, 320), (1, 3, 3, 4, 4, 5, 1)),
-    "efficientnet_lite2": ((16, 24, 48, 88, 120, 208, 352), (1, 3, 3, 4, 4, 5, 1)),
-}
+VARIANTS = {"efficientnet_lite0": ((16, 24, 40, 80, 112, 192, 320), (1, 2, 2, 3, 3, 4, 1))}
 Norm = functools.partial(nn.BatchNorm2d, eps=1e-3)
 
 

@@ -5,10 +5,9 @@
         cues.<level>.npy [N, 4, h, w], float16: what the whole clip tells about each position
         masks.npy        [N, H, ceil(W / 8)] uint8, np.packbits along W; absent without annotations
         paths.json       {"raw": {"0": path, ...}, "annotation": {...}}, relative to meta's "data"
-        meta.json        everything else, as main() in featurize.py writes it
+        meta.json        everything else, see docs/formats.md
 
-N rows: all frames, then all frames once more for each view; C channels, h w grid, H W mask. What
-meta.json holds is said in docs/formats.md.
+N rows: all frames, then all frames again for each view; C channels, h w grid, H W mask.
 """
 import math
 from collections.abc import Sequence

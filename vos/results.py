@@ -187,12 +187,3 @@ def log(tracker, out: Path, metadata: dict, name: str, split: str, source: Sourc
                   -1.0 if row["iou"] is None else row["iou"])
                  for file, row in zip(files, rows) if row["J"] is not None]
         tracking.log_scores(tracker, decoder, split, table, scores)
-
-
-def print_scores(scores: dict) -> None:
-    """Print the scores as a table, a clip a line, the whole set last."""
-    print(f"protocol {scores['protocol']}; mean_iou is over frames, J and F are means over clips")
-    print(f"{'clip':<24}{'frames':>10}" + "".join(f"{key:>10}" for key in MEASURES))
-    for name, row in [*scores["per_clip"].items(), ("all", scores)]:
-        cells = ["-" if row[key] is None else f"{row[key]:.4f}" for key in MEASURES]
-        print(f"{name:<24}{row['frames']:>10}" + "".join(f"{cell:>10}" for cell in cells))

@@ -2,12 +2,9 @@
 import argparse
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-import numpy as np
 
 from vos.distributed import Group
 from vos.inputs import BadInput, read_json
@@ -38,14 +35,6 @@ def unfinished_folder(out: Path, overwrite: bool, inputs: Sequence[Path], plan: 
             raise
         for path in [file, *place.glob("finished-*.txt")]:
             path.unlink()
-
-
-def make_array(file: Path, shape: tuple[int, ...], dtype: str) -> None:
-    """Make an .npy file of zeros at its full length, its place on the disk reserved. OSError."""
-    np.lib.format.open_memmap(file, "w+", np.dtype(dtype), shape)
-    if hasattr(os, "posix_fallocate"):  # so that a full disk is an error now, not a crash later
-        with open(file, "r+b") as handle:
-            os.posix_fallocate(handle.fileno(), 0, file.stat().st_size)
 
 
 def recall(run: Path, parser: argparse.ArgumentParser, given: argparse.Namespace,
