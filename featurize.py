@@ -79,8 +79,8 @@ def write_arrays(place: Path, meta: dict, rows: list[clips.Frame], meaning: clip
             if not (place / name).exists():
                 array = np.lib.format.open_memmap(place / name, "w+", np.dtype(dtype), shape)
                 if hasattr(os, "posix_fallocate"):  # a full disk is an error now, no crash later
-                    with open(place / name, "r+b") as file:
-                        os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
+                    with open(place / name, "r+b") as handle:
+                        os.posix_fallocate(handle.fileno(), 0, array.offset + array.nbytes)
     group.wait()
 
     ranges = sources.clip_ranges(rows)
