@@ -184,7 +184,7 @@ def validate(decoder: Decoder, features: data.Features, group=distributed.ALONE)
         pixels = torch.stack(list(itertools.islice(predictions, len(part))))
         packed = data.rows_of(features.masks, part).to(features.device)
         masks = data.unpack(packed, pixels.shape[2])
-        iou = layers.contest_iou(layers.foreground(pixels), masks)
+        iou = layers.contest_iou(pixels > 127, masks)
         total += torch.stack([iou.nansum(), iou.isfinite().sum()]).to(total.dtype)
     added, frames = group.sum(total).tolist()
     return added / max(frames, 1)
@@ -207,7 +207,7 @@ def save(out: Path, row: dict, decoder: Decoder, training: data.Features,
         middle = shown.index[len(shown.index) // 2:][:1]
         pixels = next(models.predict(decoder, shown, middle)).cpu()
         mask = data.unpack(data.rows_of(shown.masks, middle).cpu(), pixels.shape[1])[0].numpy()
-        prediction = layers.foreground(pixels.numpy())
+        prediction = pixels.numpy() > 127
         file = out / f"predictions/{step:08d}.png"
         frame = runs.write_overlay(file, shown.folder, int(middle), prediction, mask)
         pictures.write_curves(out / "curves.svg", runs.read_log(out))

@@ -63,12 +63,6 @@ def test_frames_with_a_known_answer():
     assert score(square, np.roll(moved, 1, axis=2))[2, 0] < 1
 
 
-def test_foreground_is_the_rounded_pixel():
-    pixels = np.arange(256, dtype=np.uint8)
-    np.testing.assert_array_equal(layers.foreground(pixels), np.round(pixels / 255) == 1)
-    assert layers.foreground(torch.from_numpy(pixels)).sum() == 128
-
-
 def test_contest_iou_of_tensors_is_that_of_packed_arrays():
     predictions, masks = random_pairs(33, 77)
     found = layers.contest_iou(torch.from_numpy(predictions), torch.from_numpy(masks))

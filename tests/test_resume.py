@@ -78,6 +78,7 @@ def test_a_signal_saves_first_and_says_how_to_go_on(features, tmp_path, number):
     running = start("train", *flags, "--out", run)
     wait_for(running, lambda: lines(run / "log.jsonl") >= 3)
     os.kill(running.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, running.pid, os.WSTOPPED | os.WNOWAIT)  # not before it stands still
     refuses("train", "--resume", run, names=[run, "another process"], untouched=run)
     os.kill(running.pid, number)
     os.kill(running.pid, signal.SIGCONT)

@@ -91,11 +91,6 @@ def count_flops(work: Callable, inputs: Sequence) -> int:
     return counter.get_total_flops()
 
 
-def foreground(pixels):
-    """Return as bool which uint8 pixels (array or tensor) are foreground: p / 255 rounds to 1."""
-    return pixels > 127
-
-
 def contest_iou(predictions: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
     """Return the contest's IoU, float32 [N], of bool [N, H, W]; NaN where both masks are empty."""
     return (predictions & masks).sum((1, 2)) / (predictions | masks).sum((1, 2))

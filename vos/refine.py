@@ -42,20 +42,21 @@ def guided_probabilities(logits: torch.Tensor, frame: torch.Tensor) -> torch.Ten
     size = image.shape[2:]
     small = F.interpolate(image, [max(1, side // SHRINK) for side in size], mode="area")
     target = F.interpolate(logits[None, None], small.shape[2:], mode="bilinear")
-    target = target.clamp(-LIMIT, LIMIT)
-
-    # fit target = slope . image + offset round every pixel, with a penalty on the slope
-    mean, target_mean = box(small), box(target)
-    pairs = small[:, :, None] * small[:, None]  # [1, 3, 3, h, w]
-    covariance = box(pairs.flatten(1, 2)).view_as(pairs) - mean[:, :, None] * mean[:, None]
-    covariance = covariance.permute(0, 3, 4, 1, 2) + EPSILON * torch.eye(3, device=image.device)
-    together = (box(small * target) - mean * target_mean).permute(0, 2, 3, 1)  # [1, h, w, 3]
-    slope = torch.linalg.solve(covariance, together).permute(0, 3, 1, 2)
-    offset = target_mean - (slope * mean).sum(1, keepdim=True)
-
+    slope, offset = fit_window(small, target.clamp(-LIMIT, LIMIT))
     slope = F.interpolate(box(slope), size, mode="bilinear")
     offset = F.interpolate(box(offset), size, mode="bilinear")
     return torch.sigmoid((slope * image).sum(1) + offset[:, 0])[0]
+
+
+def fit_window(image: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fit target = slope . image + offset round every pixel, with a penalty on the slope."""
+    mean, target_mean = box(image), box(target)
+    pairs = image[:, :, None] * image[:, None]  # [1, 3, 3, h, w]
+    covariance = box(pairs.flatten(1, 2)).view_as(pairs) - mean[:, :, None] * mean[:, None]
+    covariance = covariance.permute(0, 3, 4, 1, 2) + EPSILON * torch.eye(3, device=image.device)
+    together = (box(image * target) - mean * target_mean).permute(0, 2, 3, 1)  # [1, h, w, 3]
+    slope = torch.linalg.solve(covariance, together).permute(0, 3, 1, 2)
+    return slope, target_mean - (slope * mean).sum(1, keepdim=True)
 
 
 def box(x: torch.Tensor) -> torch.Tensor:

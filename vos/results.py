@@ -15,7 +15,7 @@ from urllib.parse import quote
 import numpy as np
 from PIL import Image
 
-from vos import clips, layers, metrics, pictures, video
+from vos import clips, metrics, pictures, video
 from vos.cli import progress
 from vos.metrics import MEASURES
 from vos.outputs import write_json, write_text
@@ -35,7 +35,7 @@ def write_outputs(out: Path, predictions: Iterable[np.ndarray], source: Source, 
         row = {"index": index, "clip": frame.clip, "frame": frame.name}
         if mask is None:
             return row | {"iou": None, "J": None, "F": None}
-        packed = np.packbits([layers.foreground(pixels), mask], axis=2)
+        packed = np.packbits([pixels > 127, mask], axis=2)
         scores = metrics.score_frames(packed[:1], packed[1:], pixels.shape[1])
         iou, J, F = (float(score[0]) for score in scores)
         return row | {"iou": None if math.isnan(iou) else iou, "J": J, "F": F}
