@@ -56,18 +56,25 @@ font-family="sans-serif" style="color-scheme: light dark; color: CanvasText">
 def chart(points: Iterable[tuple], span: tuple, high: float, box: tuple) -> str:
     """Return SVG of points (x, value or None) over rules at 0, `high` / 2 and `high`, in a box."""
     left, top, width, height = box
-    drawn, line, pen = "", "", "M"
+    drawn = ""
     for share in (0, 0.5, 1):
         y = top + height * (1 - share)
         drawn += f'<path d="M{left} {y:g}h{width}" stroke="currentColor" opacity=".3"/>'
         drawn += f'<text x="{left - 5}" y="{y + 4:g}" text-anchor="end">{high * share:.3g}</text>'
+    return drawn + curve(points, span, high, box, "#2e8bc9")
+
+
+def curve(points: Iterable[tuple], span: tuple, high: float, box: tuple, color: str) -> str:
+    """Return SVG of a line through points (x, value or None), broken where there is no value."""
+    left, top, width, height = box
+    line, pen = "", "M"
     for x, value in points:
         if known(value):
             across = left + width * (x - span[0]) / (span[1] - span[0] or 1)
             line += f"{pen}{across:.1f} {top + height * (1 - value / high):.1f}h0"
         pen = "L" if known(value) else "M"
-    pencil = 'fill="none" stroke="#2e8bc9" stroke-width="2" stroke-linecap="round"'
-    return drawn + f'<path d="{line}" {pencil}/>'
+    pencil = f'fill="none" stroke="{color}" stroke-width="2" stroke-linecap="round"'
+    return f'<path d="{line}" {pencil}/>'
 
 
 def known(value: float | None) -> bool:
