@@ -1,8 +1,7 @@
 """A small Weights & Biases server on loopback: the real client logs runs and moves artifacts.
 
 It answers the client's GraphQL operations by name, takes and gives files at "signed" URLs on
-itself, and collects the file stream of each run, all in memory. `server.failing["storage"] = 403`
-answers with that status, for graphql, stream (metrics) or storage (files).
+itself, and collects the file stream of each run, all in memory.
 """
 import base64
 import gzip
@@ -24,14 +23,12 @@ class WandbServer:
     artifacts  {id: {project, name, type, version, aliases, metadata, run, state, digest}}
     files      {key: bytes}, everything that was PUT under /storage/<key>
     operations [name of each GraphQL operation]; those without an answer are also in `unknown`
-    keys       {part of the server: the set of Authorization headers that clients showed it}
     """
 
     def __init__(self):
-        self.key, self.failing = KEY, {}
+        self.refusing = False  # whether every key is refused
         self.runs, self.artifacts, self.files = {}, {}, {}
         self.operations, self.unknown = [], []
-        self.keys = {"graphql": set(), "files": set(), "storage": set()}
         self.lock = threading.Lock()
 
         handler = type("BoundHandler", (Handler,), {"server_state": self})
@@ -249,35 +246,30 @@ class Handler(BaseHTTPRequestHandler):
         if stream:
             with state.lock:
                 answer = state.file_stream(stream.group(1), json.loads(body))
-            return self.reply("stream", json.dumps(answer).encode())
+            return self.reply(json.dumps(answer).encode())
         message = json.loads(body)
+        if state.refusing:
+            return self.reply(b'{"errors": [{"message": "who are you?"}]}', 401)
         named = re.search(r"(?:query|mutation)\s+(\w+)", message["query"])
-        if "graphql" in state.failing:
-            return self.reply("graphql", b'{"errors": [{"message": "out of order"}]}')
         operation = message.get("operationName") or named.group(1)
         data = state.answer(operation, message.get("variables") or {}, message["query"])
-        self.reply("graphql", json.dumps({"data": data}).encode())
+        self.reply(json.dumps({"data": data}).encode())
 
     def do_PUT(self):
-        body = self.body()
-        if "storage" not in self.server_state.failing:
-            self.server_state.files[unquote(self.path.removeprefix("/storage/"))] = body
-        self.reply("storage", b"")
+        self.server_state.files[unquote(self.path.removeprefix("/storage/"))] = self.body()
+        self.reply(b"")
 
     def do_GET(self):
-        self.body()
         found = self.server_state.files.get(unquote(self.path.removeprefix("/storage/")))
-        self.reply("storage", found or b"", 200 if found is not None else 404)
+        self.reply(found or b"", 200 if found is not None else 404)
 
     def body(self):
-        """Return the request's body, unpacked, and note the key it was authorised with."""
-        self.server_state.keys[self.path.split("/")[1]].add(self.headers.get("Authorization"))
+        """Return the request's body, unpacked."""
         data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         return gzip.decompress(data) if self.headers.get("Content-Encoding") == "gzip" else data
 
-    def reply(self, part, body, status=200):
-        """Answer with `status`, or with what `failing` says for this part of the server."""
-        self.send_response(self.server_state.failing.get(part, status))
+    def reply(self, body, status=200):
+        self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)

@@ -16,6 +16,8 @@ from tqdm import tqdm
 from vos.inputs import BadInput
 from vos.outputs import Stopped
 
+WANDB_MODES = ["disabled", "offline", "online"]
+
 
 class Parser(argparse.ArgumentParser):
     """A parser that keeps the docstring's line breaks and raises BadInput for bad flags."""
@@ -31,7 +33,7 @@ class Parser(argparse.ArgumentParser):
 def add_run_flags(parser: argparse.ArgumentParser, computes: bool = True) -> None:
     """Add the flags that every script has; --device and --threads only where it `computes`."""
     group = parser.add_argument_group("run")
-    group.add_argument("--wandb", choices=["disabled", "offline", "online"],
+    group.add_argument("--wandb", choices=WANDB_MODES,
                        help="log to Weights & Biases too (default: WANDB_MODE, else disabled)")
     if computes:
         group.add_argument("--device", default="auto",
@@ -117,13 +119,12 @@ def complain(text: str) -> None:
 
 
 def wandb_mode(flag: str | None) -> str:
-    """Return where to log: what --wandb says, else WANDB_MODE or a sweep's agent, else disabled."""
+    """Return where to log: `flag`, else WANDB_MODE, else as a sweep's agent needs. BadInput."""
     default = "online" if os.environ.get("WANDB_SWEEP_ID") else "disabled"
     mode = flag or os.environ.get("WANDB_MODE", "").lower() or default
-    if mode == "disabled":
-        return mode
-    from vos import tracking
-    return tracking.choose_mode(mode)
+    if mode not in WANDB_MODES:
+        raise BadInput(f"WANDB_MODE={mode}: expected {', '.join(WANDB_MODES)}; pass --wandb")
+    return mode
 
 
 def fetch(source: str | None, mode: str, used: list[str]) -> Path | None:

@@ -1,6 +1,5 @@
 """Weights & Biases both ways: inputs that are artifacts there, and runs that log."""
 import contextlib
-import json
 import os
 import re
 import sys
@@ -13,36 +12,14 @@ from vos.outputs import write_text
 OUR_NAMES = {"features_array": "features.npy", "masks": "masks.npy", "final_model": "model.pt"}
 
 
-def choose_mode(flag: str | None) -> str:
-    """Return `flag`, else WANDB_MODE, else online in a sweep, else disabled. Raises BadInput."""
-    default = "online" if os.environ.get("WANDB_SWEEP_ID") else "disabled"
-    mode = flag or os.environ.get("WANDB_MODE", "").lower() or default
-    if mode not in ("disabled", "offline", "online"):
-        raise BadInput(f"WANDB_MODE={mode}: expected disabled, offline or online; pass --wandb")
-    if mode == "disabled":
-        return mode
-    try:
-        import wandb
-        if mode == "online" and os.environ.get("RANK", "0") == "0":  # of several, the first logs
-            wandb.setup(settings=wandb.Settings(mode="online"))  # whatever WANDB_MODE says
-            return "online" if wandb.login(verify=False) else "offline"  # a key was declined
-    except Exception as error:
-        raise BadInput(f"--wandb {mode}: cannot be used ({redact(error)}); pip install wandb, set "
-                       "WANDB_API_KEY, or pass --wandb disabled") from None
-    return mode
-
-
-def redact(value):
-    """Return `value` as JSON has it, other kinds as a line of text, without keys and passwords."""
-    def plain(item):
-        return item.item() if hasattr(item, "item") else str(item).partition("\n")[0]
-    text = re.sub(r"://[^/\s]+@", "://***@", json.dumps(value, default=plain))
-    return json.loads(text.replace(os.environ.get("WANDB_API_KEY") or "\0", "***"))  # no key: NUL
+def plain(message) -> str:
+    """Return a message as one line, without the passwords of the addresses in it."""
+    return re.sub(r"://[^/\s]+@", "://***@", " ".join(str(message).split()))
 
 
 def say(message: str) -> None:
     """Print one line about Weights & Biases on standard error."""
-    print(f"Weights & Biases: {redact(message)}", file=sys.stderr, flush=True)
+    print(f"Weights & Biases: {plain(message)}", file=sys.stderr, flush=True)
 
 
 def fetch(source: str, mode: str) -> tuple[Path, str]:
@@ -65,8 +42,8 @@ def fetch(source: str, mode: str) -> tuple[Path, str]:
     except Exception as error:  # the client raises its own, requests' and plain ones alike
         if not cached(used).is_dir():
             raise BadInput(f"{source}: not in the cache {cached(used).parent} (WANDB_CACHE_DIR), "
-                           f"and not to be had ({redact(error)})") from error
-        say(f"using {used} for {source} from the cache ({redact(error)})")
+                           f"and not to be had ({plain(error)})") from error
+        say(f"using {used} for {source} from the cache ({plain(error)})")
     return cached(used), used
 
 
@@ -124,14 +101,14 @@ class Run(contextlib.AbstractContextManager):
             yield
         except Exception as error:
             if what not in self.missing:
-                say(f"{what} could not be logged ({redact(error)}); if `wandb sync` does not bring "
+                say(f"{what} could not be logged ({plain(error)}); if `wandb sync` does not bring "
                     "it, give the command again with --wandb offline")
             self.missing.add(what)
 
     def log(self, row: dict, step: int) -> None:
         """Log numbers and strings at `step`, which never decreases."""
         with self.going_on("metrics"):
-            self.client.log(redact(row), step=step)
+            self.client.log(row, step=step)
 
     def image(self, step: int, frame, prediction, mask, caption: str | None = None) -> None:
         """Log a frame [H, W, 3] uint8 and masks [H, W], 0 or 1, as layers to switch."""
@@ -150,8 +127,8 @@ class Run(contextlib.AbstractContextManager):
         """Log files {entry: path}, (wandb.Table, entry) as `name`; metadata goes to the summary."""
         with self.going_on(f"the artifact {name}"):
             import wandb
-            self.client.summary.update(redact(metadata))
-            artifact = wandb.Artifact(name, type=type, metadata=redact(metadata))
+            self.client.summary.update(metadata)
+            artifact = wandb.Artifact(name, type=type, metadata=metadata)
             for entry, path in files.items():
                 artifact.add_file(str(path), name=entry, skip_cache=True)
             for table, entry in tables:
@@ -163,18 +140,20 @@ class Run(contextlib.AbstractContextManager):
 
 def start(mode, job: str, config: dict, inputs: list[str]) -> Run:
     """Start a run of type `job` whose lineage is `inputs`, names from `fetch`. Raises BadInput."""
-    import wandb
-    quiet = wandb.Settings(  # no console, code or git state is sent
-        console="off", silent=True, disable_code=True, disable_git=True, finish_timeout_raises=True,
-        finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT") or 300))  # seconds
     try:
+        import wandb
+        quiet = wandb.Settings(  # no console, code or git state is sent
+            console="off", silent=True, disable_code=True, disable_git=True,
+            finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT") or 300),  # seconds
+            finish_timeout_raises=True)
         run = Run(wandb.init(project=os.environ.get("WANDB_PROJECT") or "davis", job_type=job,
-                             config=redact(config | {"used": inputs}), mode=mode, settings=quiet))
+                             config=config | {"used": inputs}, mode=mode, settings=quiet))
     except Exception as error:
         if mode == "online" and re.search("tim(ed|e) ?out", str(error), re.IGNORECASE):
-            say(f"no answer from the server ({redact(error)}); logging offline")
+            say(f"no answer from the server ({plain(error)}); logging offline")
             return start("offline", job, config, inputs)
-        raise BadInput(f"--wandb {mode}: refused ({redact(error)}); check WANDB_API_KEY") from error
+        raise BadInput(f"--wandb {mode}: cannot be used ({plain(error)}); pip install wandb, set "
+                       "WANDB_API_KEY, or pass --wandb disabled") from error
     for used in inputs if mode == "online" else ():
         with run.going_on("lineage"):
             run.client.use_artifact(used)
