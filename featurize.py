@@ -8,7 +8,6 @@ A run that was stopped goes on, clip by clip, when the same command is given aga
 import argparse
 import math
 import os
-import re
 import shlex
 import sys
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vos import cli, clips, cues, distributed, featurizers, folder, images, resuming, sources
+from vos import cli, clips, cues, distributed, featurizers, folder, resuming, sources
 from vos.inputs import BadInput, sha256
 from vos.layers import count_flops
 from vos.outputs import check_output, write_json
@@ -31,7 +30,7 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--split", help="the split of a DAVIS root, e.g. train")
     group.add_argument("--masks", type=Path, help="masks by clip and frame name, for some or all")
     group.add_argument("--limit", type=cli.count(10**9), help="the first N frames (default: all)")
-    group.add_argument("--size", type=parse_size, metavar="HxW",
+    group.add_argument("--size", type=cli.parse_size, metavar="HxW",
                        help="resize other frames to this (default: the first frame's size)")
     group.add_argument("--out", type=Path, help="default: features/<featurizer>-<split>")
     group = parser.add_argument_group("featurizer")
@@ -51,15 +50,6 @@ def parse_args() -> argparse.Namespace:
                        help="arithmetic of the network (default: bfloat16 where that is fast)")
     cli.add_run_flags(parser)
     return parser.parse_args()
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """Parse "480x854" as (H, W) (argparse type)."""
-    found = re.fullmatch(r"(\d{2,5})x(\d{2,5})", text.lower(), re.ASCII)
-    height, width = map(int, found.groups()) if found else (0, 0)
-    if min(height, width) >= 32 and height * width <= images.PIXELS_LIMIT:
-        return height, width
-    raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTH of at least 32x32, found {text}")
 
 
 def list_paths(paths: list[Path | None], root: Path) -> dict[str, str]:
@@ -106,17 +96,6 @@ def write_arrays(place: Path, meta: dict, rows: list[clips.Frame], meaning: clip
             mapped.flush()
         with open(place / f"finished-{group.rank}.txt", "a", encoding="ascii") as file:
             file.write(f"{first}\n")
-
-
-def say_foreground(masks: np.ndarray, names: np.ndarray, labelled: np.ndarray, area: int) -> None:
-    """Print the share of foreground of packed masks, and of the clips with least and most."""
-    shares = np.array([np.bitwise_count(mask).sum(dtype=int) / area for mask in masks])
-    means = [(shares[labelled & (names == clip)].mean(), clip) for clip in set(names[labelled])]
-    whole, (least, smallest), (most, largest) = shares[labelled].mean(), min(means), max(means)
-    cli.say(f"foreground: {whole:.2%} of all pixels; {least:.2%} in {smallest}, {most:.2%} in "
-            f"{largest}")
-    if not 0.001 <= whole <= 0.9:
-        print("warning: that is hardly an object; are these the right masks?")
 
 
 def main() -> None:
@@ -170,17 +149,19 @@ def main() -> None:
     logged = cli.tracked(mode if group.main else "disabled", "featurize", vars(args), used)
     with logged as log:
         with resuming.unfinished_folder(out, args.overwrite, inputs, meta | paths, group) as place:
-            write_arrays(place, meta, rows, source.meaning, featurizer, device, threads,
-                         group)
+            write_arrays(place, meta, rows, source.meaning, featurizer, device, threads, group)
             group.wait()
             if group.main:
                 write_json(place / "paths.json", paths)
                 digests = {file.name: sha256(file) for file in sorted(place.glob("*.npy"))}
                 write_json(place / "meta.json", meta | {"sha256": digests})
             if group.main and source.annotated:
-                masks = np.load(place / "masks.npy", mmap_mode="r")
-                names = np.array(meta["clips"])
-                say_foreground(masks, names, np.array(labelled), math.prod(size))
+                masks = np.load(place / "masks.npy", mmap_mode="r")  # without one, all background
+                pixels = sum(np.bitwise_count(mask).sum(dtype=int) for mask in masks)
+                share = pixels / (sum(labelled) * math.prod(size))
+                print(f"foreground: {share:.2%} of all pixels")
+                if not 0.001 <= share <= 0.9:
+                    print("warning: that is hardly an object; are these the right masks?")
         if log:
             from vos import tracking
             facts = {key: meta[key] for key in ("featurizer", "levels", "weights", "size")}

@@ -66,13 +66,6 @@ def test_what_may_never_be_written_is_refused(world, place):
     assert tree(world) == before
 
 
-def test_another_users_folder_is_refused(tmp_path, monkeypatch):
-    write_files(tmp_path / "run", KINDS["run"])
-    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
-    with pytest.raises(BadInput, match="another user"):
-        make(tmp_path / "run")
-
-
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("suffix", ["partial", "lock", "old"])
 def test_a_link_at_a_temporary_name_is_never_followed(suffix, keep, tmp_path):

@@ -59,6 +59,11 @@ def count(most: int, least: int = 1) -> Callable:
     return number(least, most, int)
 
 
+def parse_size(text: str) -> tuple[int, ...]:
+    """Parse "480x854" as (H, W) (argparse type)."""
+    return tuple(map(count(8000, least=32), text.partition("x")[::2]))
+
+
 def parse_levels(text: str) -> list[str]:
     """Parse "s8,s16@.5" into canonical names of levels (argparse type)."""
     return list(dict.fromkeys(level_name(*parse_level(level)) for level in text.split(",")))
@@ -102,8 +107,8 @@ def choose_device(name: str) -> torch.device:
 
 def progress(items: Iterable, what: str, total: int | None = None) -> tqdm:
     """Wrap `items` in a progress bar on standard error; silent when that is not a terminal."""
-    shown = sys.stderr is not None and sys.stderr.isatty()
-    return tqdm(items, desc=what, total=total, disable=not shown, dynamic_ncols=True, leave=False)
+    hidden = None if sys.stderr else True  # None: where that is no terminal
+    return tqdm(items, desc=what, total=total, disable=hidden, dynamic_ncols=True, leave=False)
 
 
 def say(text: str, **where) -> None:

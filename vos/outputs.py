@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import shutil
-import stat
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -46,12 +45,8 @@ def check_output(out: Path, kind: str, overwrite: bool, inputs: Sequence[Path]) 
 
     if not place.exists():
         return
-    state = os.lstat(place)
-    if not (stat.S_ISREG if is_file else stat.S_ISDIR)(state.st_mode):
+    if not (place.is_file() if is_file else place.is_dir()):
         raise BadInput(f"{out}: expected a place for {kind}, found something else; choose another")
-    if hasattr(os, "geteuid") and state.st_uid != os.geteuid():
-        raise BadInput(f"{out}: belongs to another user; choose another --out")
-
     held = set() if is_file else set(os.listdir(place))
     if not held and not is_file:
         return
@@ -114,7 +109,6 @@ def new_folder(out: Path, kind: str, overwrite: bool, inputs: Sequence[Path] = (
     check_output(out, kind, overwrite, inputs)
     temporary, old = beside(out, "partial"), beside(out, "old")
     with locked(out), writing(out):
-        check_output(out, kind, overwrite, inputs)  # another process may have made it just before
         try:
             if not keep:
                 shutil.rmtree(temporary, ignore_errors=True)
