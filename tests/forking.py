@@ -1,13 +1,11 @@
-"""Running a script in a fork of this process, to be killed, stopped or starved at a chosen moment.
+"""Running a script in a fork of this process, to be killed or starved at a chosen moment.
 
 A fork has everything imported, so that hundreds of runs cost what a few processes would.
 """
-import contextlib
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,20 +90,3 @@ def below(path, root: Path) -> bool:
     if not isinstance(path, str | bytes | os.PathLike):
         return False
     return os.path.abspath(os.fsdecode(path)).startswith(str(root))
-
-
-@contextlib.contextmanager
-def stopped_at(root: Path, number: int, name: str, *flags) -> Iterator[Running]:
-    """A context in which a fork runs the script and stands still just before its write `number`.
-
-    It goes on at the end.
-    """
-    running = start(name, *flags, prepare=at_write(root, number, signal.SIGSTOP))
-    deadline = time.monotonic() + SECONDS
-    while os.waitpid(running.pid, os.WUNTRACED | os.WNOHANG) == (0, 0):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    try:
-        yield running
-    finally:
-        os.kill(running.pid, signal.SIGCONT)

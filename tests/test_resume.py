@@ -1,18 +1,16 @@
-"""Work that is killed again and again ends as the work that was never stopped."""
+"""A run that was stopped ends as the run that was never stopped; test_faults.py kills it."""
 import os
-import random
 import signal
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from forking import Result, Running, end, start
-from helpers import call, change_json, cut, ok, refuses, script, tree, write_features
+from forking import Running, end, start
+from helpers import call, change_json, cut, ok, refuses, tree, write_features
 
 import models
 
-KILLS = 10
 FLAGS = ("--decoder", "linear", "--optimizer", "adamw", "--weight-decay", 0.1, "--lr", 0.02,
          "--schedule", "onecycle", "--batch-size", 4, "--threads", 1, "--no-pictures")
 
@@ -40,35 +38,6 @@ def wait_for(running: Running, reached) -> None:
     state = os.WEXITED | os.WNOHANG | os.WNOWAIT
     while not reached() and os.waitid(os.P_PID, running.pid, state) is None:
         time.sleep(0.001)
-
-
-def kill_when(running: Running, reached, moment: float) -> Result:
-    """SIGKILL a fork `moment` seconds after `reached()`; return its end."""
-    wait_for(running, reached)
-    time.sleep(moment)
-    os.kill(running.pid, signal.SIGKILL)
-    return end(running)
-
-
-def test_ten_kills_at_random_moments_change_nothing(features, tmp_path):
-    """Moments are tied to progress: a slow machine is killed as far into its work as a fast one."""
-    flags = (*features, *FLAGS, "--steps", 300, "--log-every", 3)
-    ok(script("train", *flags, "--out", tmp_path / "whole"))
-    total = lines(tmp_path / "whole/log.jsonl")
-    rng, run, reached = random.Random(7), tmp_path / "run", []
-    for kill in range(KILLS):
-        begun = (run / "args.json").exists()
-        running = start("train", *(("--resume", run) if begun else (*flags, "--out", run)))
-        wanted = lines(run / "log.jsonl") + rng.randrange(total // KILLS)  # none: while it starts
-        if kill < 5:
-            wanted = max(wanted, 1)
-        result = kill_when(running, lambda wanted=wanted: lines(run / "log.jsonl") >= wanted,
-                           rng.uniform(0, 0.03))
-        assert result.status == -signal.SIGKILL, result
-        reached.append(lines(run / "log.jsonl"))
-    assert reached[-1] < total and len(set(reached)) >= KILLS // 2, reached
-    ok(script("train", "--resume", run))
-    same_run(run, tmp_path / "whole")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
