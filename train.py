@@ -4,6 +4,7 @@
 
 writes runs/simple/: model.pt (the best by val IoU, else the last), log.jsonl, curves.svg,
 predictions/, checkpoints/, and last.pt, from which `--resume runs/simple` goes on after any stop.
+`--folds 4 --seeds 3` trains 12 times, a folder each; summary.json has their mean and spread.
 
 B batch, N rows of a feature folder, gh gw the decoder's grid, H W frame.
 """
@@ -49,6 +50,8 @@ def parse_args() -> argparse.Namespace:
         group.add_argument("--" + field.name.replace("_", "-"), **field.metadata)
     group = parser.add_argument_group("log")
     group.add_argument("--seed", type=cli.count(2**31, least=0), default=0, help="(default: 0)")
+    group.add_argument("--seeds", type=cli.count(1000, least=2), metavar="K",
+                       help="train with each of K seeds from --seed on; beside --folds, each fold")
     group.add_argument("--out", type=Path, help="run folder to write (default: runs/<decoder>)")
     group.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run folder")
     group.add_argument("--log-every", type=cli.count(10**9), help="steps (default: a tenth)")
@@ -119,10 +122,12 @@ def fit(decoder: Decoder, training: data.Features, validation: data.Features | N
     forward = group.wrap(decoder)
     if tracker:
         tracker.watch(decoder, log_every)
+    bar = cli.progress(range(state["step"], recipe.steps), out.name if out else "train")
+    started = time.perf_counter()
 
     decoder.train()
     with runs.stop_signals() as stop:
-        for step in cli.progress(range(state["step"], recipe.steps), "train"):
+        for step in bar:
             # the batch: order and noise depend on (seed, step) alone, so a resumed run is the same
             torch.manual_seed(seed + 1 + step)
             order = data.batch_order(clips, recipe.batch_size, recipe.order, seed, step)
@@ -152,12 +157,13 @@ def fit(decoder: Decoder, training: data.Features, validation: data.Features | N
                 if group.main and out:
                     save(out, row, decoder, training, validation, facts or {}, is_best, draw,
                          tracker)
+                if group.main:
+                    tell(row, bar, time.perf_counter() - started, out)
                 decoder.train()
             if out and group.main and (due or stop):
                 runs.save_state(out, parts, {"step": step + 1, "best": best, "losses": losses})
             if stop:
-                raise Stopped(stop[0], f"stopped after step {step}"
-                              + (f"; go on with: python train.py --resume {out}" if out else ""))
+                raise Stopped(stop[0], f"stopped after step {step}")
 
     decoder.eval()
     return best if validation else None
@@ -215,16 +221,45 @@ def save(out: Path, row: dict, decoder: Decoder, training: data.Features,
             tracker.image(step, frame, prediction, mask, shown.folder.meta["clips"][int(middle)])
 
 
-def choose_held_out(features: data.Features, args: argparse.Namespace) -> list[list[str]]:
-    """Return the names of the clips to validate on: of one training, or of each fold."""
+def tell(row: dict, bar, seconds: float, out: Path | None) -> None:
+    """Show a log point: in the bar on a terminal, elsewhere as a line, if there is a run folder."""
+    text = f"loss {row['loss']:.4f}"
+    if "val_iou" in row:
+        text += f", val IoU {row['val_iou']:.4f}"
+    bar.set_postfix_str(text)
+    if bar.disable and out:
+        text = f"{out.name}, step {row['step']}: {text}, lr {row['lr']:.3g}, {seconds:.1f} s"
+        cli.say(text, flush=True)
+
+
+def list_trainings(features: data.Features, args: argparse.Namespace) -> list[tuple]:
+    """Return (its folder in --out, the clips that it holds out, its seed) of each training."""
     clips = features.folder.clips[features.index]
     there = len(set(clips.tolist()))
     if there < (args.folds or (2 if args.holdout else 1)):
         raise BadInput(f"{features.folder.path}: has {there} labelled clips, too few to hold out")
-    if args.folds:
-        return data.draw_clips(clips, args.folds, args.seed)
     count = min(max(1, round(args.holdout * there)), there - 1) if args.holdout else 0
-    return [np.concatenate(data.draw_clips(clips, there, args.seed)[:count] or [[]]).tolist()]
+    drawn = data.draw_clips(clips, args.folds or there, args.seed)
+    held_out = drawn if args.folds else [list(itertools.chain(*drawn[:count]))]
+
+    parts = {"fold-{fold}": args.folds, "seed-{seed}": args.seeds}
+    name = "-".join(part for part, asked in parts.items() if asked)
+    seeds = range(args.seed, args.seed + (args.seeds or 1))
+    return [(name.format(fold=fold, seed=seed), held, seed)
+            for fold, held in enumerate(held_out) for seed in seeds]
+
+
+def next_command(args: argparse.Namespace, out: Path, folder: data.FeatureFolder) -> str:
+    """Return a command that can be pasted: score on `folder`, or compare several trainings."""
+    if args.folds or args.seeds:
+        return f"python -m vos.runs {shlex.quote(str(out.parent))}"
+    command = ["python", "evaluate.py", "--model", str(out)]
+    command += ["--features", args.val_features or args.features]
+    if not Path(folder.meta["data"]).exists():  # without frames there are no pictures
+        command += ["--no-pictures", "--refine", "none"]
+    if args.overwrite:  # this run's earlier results are then there too
+        command.append("--overwrite")
+    return shlex.join(command)
 
 
 def main() -> None:
@@ -254,7 +289,7 @@ def main() -> None:
         check_output(out, "run", args.overwrite, inputs)
     features = [data.load_features(folder, levels, decoder.cues > 0, device, args.resident)
                 for folder in folders]
-    held_out = choose_held_out(features[0], args)
+    trainings, several = list_trainings(features[0], args), bool(args.folds or args.seeds)
     nparams = sum(weight.numel() for weight in decoder.parameters())
     nparams += description["featurizer_parameters"]
     if group.main:
@@ -264,40 +299,46 @@ def main() -> None:
 
     make_optimizer(decoder, recipe)  # imports PyTorch's compiler: a second that is not training's
 
-    # train once, or once for each fold
+    # train once, or once for each fold and seed
     command = runs.describe_command(args, dataclasses.asdict(recipe), folders, used)
     logged = cli.tracked(mode if group.main else "disabled", "train", command, used)
-    results, started = [], time.perf_counter()
+    ends, started = {}, time.perf_counter()
     owned = runs.open_run(out, command, args.overwrite, inputs, bool(args.resume), group)
     with owned, logged as log:
-        for number, held in enumerate(held_out):
+        for name, held, seed in trainings:
             training, validation = features[0].hold_out(held) if held else (features[0], None)
             if len(features) > 1:
                 validation = features[1].without_views()
-            facts = {"recipe": command["recipe"], "code": command["code"], "held_out": held,
-                     "clips": sorted(set(training.folder.clips[training.index].tolist()))}
-            decoder = models.make_decoder(args.decoder, shapes, folders[0].size, args.seed)
-            best = fit(decoder, training, validation, recipe,
-                       out / f"fold-{number}" if args.folds else out, seed=args.seed, facts=facts,
+            facts = {"recipe": command["recipe"], "code": command["code"], "seed": seed}
+            clips = sorted(set(training.folder.clips[training.index].tolist()))
+            facts |= {"clips": clips, "held_out": held}
+            if group.main:
+                (out / name).mkdir(exist_ok=True)
+            decoder = models.make_decoder(args.decoder, shapes, folders[0].size, seed)
+            best = fit(decoder, training, validation, recipe, out / name, seed=seed, facts=facts,
                        log_every=args.log_every, resume=bool(args.resume), group=group,
-                       draw=not args.no_pictures, tracker=None if args.folds else log)
-            results.append(validate(decoder, validation, group) if args.folds else best)
-        if log and not args.folds:
+                       draw=not args.no_pictures, tracker=None if several else log)
+            if group.main:
+                ends[name] = runs.find_end(runs.read_log(out / name))
+                if several:
+                    print(f"{name}: {runs.say_end(ends[name])}", flush=True)
+        seconds = time.perf_counter() - started
+        if group.main and not args.resume:  # trained in one go
+            write_json(out / "args.json", command | {"seconds": round(seconds, 3)})
+        if log and not several:
             from vos import tracking
             saved = sorted((out / "checkpoints").glob("*.pt"))
             tracking.log_model(log, args.decoder, out / "model.pt", saved,
                                facts | {"val_iou": best, "nparams": nparams})
 
     if group.main:
-        print(f"seconds: {time.perf_counter() - started:.3f} ({recipe.steps} steps)")
-    if group.main and args.folds:
-        mean = sum(results) / len(results)
-        write_json(out / "folds.json", {"val_iou": results, "mean": mean, "held_out": held_out})
-        cli.say(f"wrote {out}: val IoU {mean:.4f}, the mean of {args.folds} folds at the last step")
-    elif group.main:
-        cli.say(f"wrote {out}: model.pt" + ("" if best is None else f", val IoU {best:.4f}"))
-        there = shlex.quote(args.val_features or args.features)
-        cli.say(f"next: python evaluate.py --model {shlex.quote(str(out))} --features {there}")
+        print(f"seconds: {seconds:.3f} ({len(trainings) * recipe.steps} steps)")
+        reached = "model.pt, " + runs.say_end(ends[name])
+        if several:
+            from vos import compare
+            reached = compare.write_summary(out, trainings, ends)
+        cli.say(f"wrote {out}: {reached}")
+        cli.say(f"next: {next_command(args, out, folders[-1])}")
 
 
 if __name__ == "__main__":

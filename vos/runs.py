@@ -4,9 +4,11 @@ import contextlib
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
+import time
 import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -19,7 +21,7 @@ from vos.distributed import Group
 from vos.folder import FeatureFolder
 from vos.images import read_image, write_image
 from vos.inputs import BadInput, inside, opened, read_json
-from vos.outputs import locked, new_folder, whole_file, write_json, write_text, writing
+from vos.outputs import Stopped, locked, new_folder, whole_file, write_json, write_text, writing
 from vos.pictures import overlay
 
 
@@ -43,7 +45,12 @@ def open_run(out: Path, command: dict, overwrite: bool, inputs: Sequence[Path], 
         for file in out.rglob(".*.tmp"):  # what a kill left in the middle of a write
             file.unlink()
         group.wait()
-        yield
+        try:
+            yield
+        except Stopped as stopped:
+            number, text = stopped.args
+            again = f"python train.py --resume {shlex.quote(str(out))}"
+            raise Stopped(number, f"{text}; go on with: {again}") from None
 
 
 def code_revision() -> str:
@@ -67,6 +74,7 @@ def describe_command(args: argparse.Namespace, recipe: dict, folders: list[Featu
             plain[key] = f"wandb:{next(names)}"
     return {"command": sys.argv, "args": plain, "recipe": recipe, "code": code_revision(),
             "features": {str(folder.path): folder.meta["sha256"] for folder in folders},
+            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
             "versions": {"python": sys.version, "torch": torch.__version__}}
 
 
@@ -89,6 +97,26 @@ def read_log(out: Path) -> list[dict]:
         if all(type(row["step"]) is int for row in rows):
             return rows
     raise BadInput(f"{file}: expected JSON with a step in each line; remove the damaged lines")
+
+
+def find_end(rows: list[dict]) -> dict:
+    """Return the last step of a log of one row or more, its loss, and its val IoU, if it has one.
+
+    Then also the best IoU and its step, the first of equals: the step that model.pt is from.
+    """
+    end = {key: rows[-1][key] for key in ("step", "loss", "val_iou") if key in rows[-1]}
+    if "val_iou" in end:
+        best = max(rows, key=lambda row: row["val_iou"])
+        end |= {"best_step": best["step"], "best_val_iou": best["val_iou"]}
+    return end
+
+
+def say_end(end: dict) -> str:
+    """Say in words what `find_end` found."""
+    if "val_iou" not in end:
+        return f"loss {end['loss']:.4f} at the last step"
+    return (f"val IoU {end['best_val_iou']:.4f} at step {end['best_step']}, its best; "
+            f"{end['val_iou']:.4f} at the last step")
 
 
 def save_checkpoint(path: Path, value: dict) -> None:
@@ -149,3 +177,8 @@ def write_overlay(file: Path, folder: FeatureFolder, row: int, prediction: np.nd
     with whole_file(file) as temporary:
         write_image(temporary, overlay(frame, prediction, mask), format="PNG")
     return frame
+
+
+if __name__ == "__main__":
+    from vos import cli, compare  # which lists the runs of a folder
+    sys.exit(cli.run(compare.main))
