@@ -7,7 +7,6 @@ N rows of a feature folder (frames, and views of frames), C channels, h w featur
 decoder's grid, H W mask size.
 """
 import dataclasses
-import hashlib
 import math
 import warnings
 from pathlib import Path
@@ -16,10 +15,10 @@ import numpy as np
 import torch
 
 from vos.folder import AGAIN, FeatureFolder, array_name, open_features  # noqa: F401
-from vos.inputs import BadInput, opened
+from vos.inputs import BadInput, sha256
 
 SPARE = 0.8  # share of the free memory that features and masks may take
-CHUNK = 32 << 20  # bytes read from disk at a time
+CHUNK = 32 << 20  # bytes looked at at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,31 +99,19 @@ def free_memory(device: torch.device) -> float:
 
 
 def load_array(file: Path, digest: str, device: torch.device, resident: str | None) -> torch.Tensor:
-    """Read an .npy array once, checking digest and values; return it on the device or
-    memory-mapped.
+    """Check an .npy array's digest and values; return it on the device or memory-mapped.
 
-    It reaches the device in pieces, so that host memory never holds it twice. Raises BadInput when
-    the SHA-256 differs or a value is not finite.
+    Host memory never holds it twice. Raises BadInput when the SHA-256 differs or a value is not
+    finite.
     """
-    mapped = np.load(file, mmap_mode="r")
-    with warnings.catch_warnings(action="ignore"):  # torch warns that it may not be written to
-        array = torch.from_numpy(mapped)
-    result = array if resident == "disk" else torch.empty_like(array, device=device)
-    width = mapped[0].nbytes
-    sha = hashlib.sha256()
-    with opened(file) as handle:
-        sha.update(handle.read(mapped.offset))
-        for piece in result.split(max(1, CHUNK // width)):
-            data = bytearray(handle.read(len(piece) * width))
-            sha.update(data)
-            read = torch.frombuffer(data, dtype=array.dtype).view(piece.shape)
-            if not all(map(math.isfinite, read.aminmax())):  # NaN is both
-                raise BadInput(f"{file}: holds NaN or infinity; {AGAIN}")
-            if resident != "disk":
-                piece.copy_(read)
-    if sha.hexdigest() != digest:
+    if sha256(file) != digest:
         raise BadInput(f"{file}: its SHA-256 is not meta.json's: it was changed; {AGAIN}")
-    return result
+    with warnings.catch_warnings(action="ignore"):  # torch warns that it may not be written to
+        array = torch.from_numpy(np.load(file, mmap_mode="r"))
+    for piece in array.split(max(1, CHUNK // array[0].nbytes)):
+        if not all(map(math.isfinite, piece.aminmax())):  # NaN is both
+            raise BadInput(f"{file}: holds NaN or infinity; {AGAIN}")
+    return array if resident == "disk" else array.to(device, copy=True)
 
 
 def pool_masks(features: Features, cells: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

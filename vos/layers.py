@@ -74,12 +74,8 @@ def fit_standardise(norms: Iterable, features) -> None:
 
 def pooling(cells: int, pixels: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return AdaptiveAvgPool1d: its distinct means, [groups, cells], and each pixel's group."""
-    # pixel i is the mean of cells floor(i * cells / pixels) to ceil((i + 1) * cells / pixels)
-    pixel, cell = torch.arange(pixels), torch.arange(cells)
-    bounds = torch.stack([pixel * cells // pixels, -(-(pixel + 1) * cells // pixels)], 1)
-    bounds, group = torch.unique_consecutive(bounds, dim=0, return_inverse=True)
-    chosen = ((cell >= bounds[:, :1]) & (cell < bounds[:, 1:])).float()
-    return chosen / chosen.sum(1, keepdim=True), group
+    means = F.adaptive_avg_pool1d(torch.eye(cells), pixels).T  # [pixels, cells]
+    return torch.unique_consecutive(means, dim=0, return_inverse=True)
 
 
 @torch.no_grad()
