@@ -2,7 +2,6 @@
 import base64
 import csv
 import io
-import math
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,13 +31,9 @@ def write_outputs(out: Path, predictions: Iterable[np.ndarray], source: Source, 
         pixels = clips.resize(pixels, source.sizes[index])
         if write:
             write_grey(out / f"outputs/{index:05d}.png", pixels)
-        row = {"index": index, "clip": frame.clip, "frame": frame.name}
-        if mask is None:
-            return row | {"iou": None, "J": None, "F": None}
-        packed = np.packbits([pixels > 127, mask], axis=2)
-        scores = metrics.score_frames(packed[:1], packed[1:], pixels.shape[1])
-        iou, J, F = (float(score[0]) for score in scores)
-        return row | {"iou": None if math.isnan(iou) else iou, "J": J, "F": F}
+        scores = (None,) * 3 if mask is None else metrics.score_frame(pixels > 127, mask)
+        return {"index": index, "clip": frame.clip, "frame": frame.name,
+                **dict(zip(("iou", "J", "F"), scores))}
 
     if write:
         (out / "outputs").mkdir()
