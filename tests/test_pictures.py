@@ -25,11 +25,12 @@ def test_overlay_changes_the_fill_and_the_outline_and_nothing_else():
 
 def test_outline_stays_off_the_frame_border():
     """A mask that the frame cuts has no edge there; a full one, and an empty one, have none."""
-    frame, mask = np.full((40, 61, 3), 99, np.uint8), np.zeros((40, 61), bool)
-    assert np.array_equal(pictures.overlay(frame, mask=~mask), frame)
-    assert np.array_equal(pictures.overlay(frame, mask, mask), frame)
+    frame, nothing = np.full((40, 61, 3), 99, np.uint8), np.zeros((40, 61), bool)
+    assert np.array_equal(pictures.overlay(frame, nothing, ~nothing), frame)
+    assert np.array_equal(pictures.overlay(frame, nothing, nothing), frame)
+    mask = nothing.copy()
     mask[:, :20] = True
-    picture = pictures.overlay(frame, mask=mask)
+    picture = pictures.overlay(frame, nothing, mask)
     assert (picture[:, 19] == pictures.OUTLINE).all() and (picture[:, :15] == 99).all()
 
 

@@ -12,15 +12,13 @@ FILL = np.array([0, 114, 178], np.uint8)  # the prediction: Okabe-Ito blue, #007
 OUTLINE = np.array([230, 159, 0], np.uint8)  # the truth: Okabe-Ito orange, #E69F00
 
 
-def overlay(frame: np.ndarray, prediction: np.ndarray | None = None,
-            mask: np.ndarray | None = None) -> np.ndarray:
+def overlay(frame: np.ndarray, prediction: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
     """Return uint8 [H, W, 3]: a frame, bool prediction filled blue, bool mask outlined orange."""
     picture = frame.copy()
     thickness = max(1, round(min(frame.shape[:2]) / 120))
     edge = max(1, thickness // 2)
-    if prediction is not None:
-        picture[prediction] = np.round(0.4 * frame[prediction] + 0.6 * FILL)
-        picture[prediction & ~erode(prediction, edge)] = FILL  # stands out on sky and water
+    picture[prediction] = np.round(0.4 * frame[prediction] + 0.6 * FILL)
+    picture[prediction & ~erode(prediction, edge)] = FILL  # stands out on sky and water
     if mask is not None:
         inner = erode(mask, thickness)
         picture[inner & ~erode(inner, edge)] = 0  # stands out on bright frames

@@ -1,5 +1,4 @@
 """Videos: read frame by frame, whole or not at all, and written, with ffmpeg's status heeded."""
-import io
 import itertools
 import os
 import subprocess
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageSequence
 
-from vos.images import PIXELS_LIMIT, image_file
+from vos.images import PIXELS_LIMIT, image_file, write_image
 from vos.inputs import BadInput, opened
 from vos.outputs import CannotWrite
 
@@ -72,10 +71,8 @@ def write_video(path: Path, images: Iterable[np.ndarray], fps: float, kind: str)
     first.thumbnail((SIDE, SIDE))
     rest = (picture.resize(first.size, Image.Resampling.BILINEAR) for picture in pictures)
     if kind == "gif":
-        memory = io.BytesIO()  # Pillow, given a file, does not notice a disk that takes only a part
-        first.save(memory, "GIF", save_all=True, append_images=list(rest), duration=1000 / fps,
-                   loop=0)
-        path.write_bytes(memory.getvalue())
+        write_image(path, np.asarray(first), format="GIF", save_all=True, append_images=list(rest),
+                    duration=1000 / fps, loop=0)
         return
 
     with tempfile.TemporaryFile() as raw:
