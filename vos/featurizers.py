@@ -34,11 +34,9 @@ class Featurizer(nn.Module):
 
     def forward(self, frames: torch.Tensor) -> list[torch.Tensor]:
         """Map frames uint8 [B, 3, H, W], RGB, to a float32 [B, C, h, w] for each of `levels`."""
-        rows = frames.permute(0, 2, 3, 1).contiguous().float().flatten(2)  # [B, H, 3 W]: fast
-        mean, std = rows.new_tensor([self.mean, self.std]).repeat(1, frames.shape[3])
-        rows = rows.div_(255).sub_(mean).div_(std)
-        frames, maps = rows.unflatten(2, (-1, 3)).permute(0, 3, 1, 2), {}
-
+        mean, std = 255 * torch.tensor([self.mean, self.std], device=frames.device)
+        frames = nn.functional.batch_norm(frames.float(), mean, std.square(), eps=0)
+        maps = {}
         for scale in {parse_level(level)[1] for level in self.levels}:
             step = getattr(self.network, "patch", 1)
             size = tuple(max(1, round(int(n * scale) / step)) * step for n in frames.shape[2:])
