@@ -1,7 +1,10 @@
 """train.py: the notebook's losses, fit() as the command, clips held out, what it refuses."""
+import io
 import json
 import math
+import shlex
 import signal
+import statistics
 import sys
 
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 import torch
 from helpers import call, log_of, mean_iou, ok, refuses, tree, write_features
 from notebook import notebook_decoder, train_notebook
+from tqdm import tqdm
 
 import data
 import models
@@ -68,7 +72,10 @@ def test_the_run_folder_and_its_log(features, tmp_path):
     assert (model["decoder"], model["featurizer"], model["step"]) == ("simple", "made-up", 4)
     assert model["recipe"]["steps"] == 5 and model["clips"] == sorted(CLIPS)
     assert "1,055 parameters" in result.out
-    assert f"next: python evaluate.py --model {run}" in result.out
+    for row in log_of(run):
+        said = f"run, step {row['step']}: loss {row['loss']:.4f}, lr 0.0005, "
+        assert said in result.out
+    assert f"wrote {run}: model.pt, loss {losses_of(run)[-1]:.4f} at the last step" in result.out
 
     ok(call("train", *flags, "--out", tmp_path / "each", "--log-every", 1, "--no-pictures"))
     each = losses_of(tmp_path / "each")  # a row is the mean since the last
@@ -82,7 +89,8 @@ def test_the_best_by_validation_is_kept(features, tmp_path):
                      "--lr", 0.4))  # so high that the last is not the best
     ious = [row["val_iou"] for row in log_of(tmp_path / "run")]
     best = int(np.argmax(ious))
-    assert best < 11 and ious[best] > ious[-1] and f"val IoU {ious[best]:.4f}" in result.out
+    said = f"val IoU {ious[best]:.4f} at step {best}, its best; {ious[-1]:.4f} at the last step"
+    assert best < 11 and ious[best] > ious[-1] and said in result.out
     kept = tmp_path / f"run/checkpoints/model-{best:08d}.pt"
     assert (tmp_path / "run/model.pt").read_bytes() == kept.read_bytes()
 
@@ -212,22 +220,94 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
     assert kept["step"] == 6 and (tmp_path / "run/last.pt").exists()
 
 
-def test_every_clip_is_held_out_of_one_fold(features, tmp_path):
-    flags = ("--features", features, *LINEAR, "--out", tmp_path / "folds", "--folds", 2)
-    result = ok(call("train", *flags))
-    folds = json.loads((tmp_path / "folds/folds.json").read_text())
-    runs = [tmp_path / f"folds/fold-{number}" for number in (0, 1)]
-    held = [models.load_model(run)[1]["held_out"] for run in runs]
-    assert folds["held_out"] == held and sorted(held[0] + held[1]) == sorted(CLIPS)
-    last = [log_of(run)[-1]["val_iou"] for run in runs]
-    assert folds["val_iou"] == pytest.approx(last, rel=1e-6)
-    assert folds["mean"] == pytest.approx(sum(last) / 2) and f"{folds['mean']:.4f}" in result.out
+def test_on_a_terminal_the_bar_tells_it(features, monkeypatch, capsys):
+    training, screen = load(features), io.StringIO()
+    monkeypatch.setattr(cli, "progress", lambda items, what: tqdm(items, what, file=screen))
+    decoder = models.make_decoder("linear", training.folder.shapes, training.folder.size)
+    best = train.fit(decoder, training, training, Recipe(steps=3, batch_size=4), log_every=2)
+    assert "train: " in screen.getvalue() and f", val IoU {best:.4f}]" in screen.getvalue()
+    assert capsys.readouterr().out == ""
+
+
+def facts_of(run) -> tuple[list, list, int]:
+    """Return the clips that a model was trained on and validated on, and its seed."""
+    model = models.load_model(run)[1]
+    return model["clips"], model["held_out"], model["seed"]
+
+
+def test_every_fold_is_trained_with_every_seed(features, tmp_path):
+    flags = ("--features", features, *LINEAR, "--folds", 2, "--seeds", 2, "--seed", 5)
+    result = ok(call("train", *flags, "--out", tmp_path / "runs/many"))
+    names = [f"fold-{fold}-seed-{seed}" for fold in (0, 1) for seed in (5, 6)]
+    trained, held, seeds = zip(*(facts_of(tmp_path / "runs/many" / name) for name in names))
+    assert held[0] == held[1] and held[2] == held[3] and seeds == (5, 6, 5, 6)
+    assert sorted(held[0] + held[2]) == sorted(CLIPS)  # each clip is held out of one fold
+    assert all(sorted(a + b) == sorted(CLIPS) for a, b in zip(trained, held))
+
+    logs = [log_of(tmp_path / "runs/many" / name) for name in names]
+    last = [log[-1]["val_iou"] for log in logs]
+    best = [max(row["val_iou"] for row in log) for log in logs]
+    summary = json.loads((tmp_path / "runs/many/summary.json").read_text())
+    assert [each["held_out"] for each in summary["trainings"].values()] == list(held)
+    assert len(set(last)) == 4 and summary["mean"]["val_iou"] == pytest.approx(np.mean(last))
+    assert summary["std"]["best_val_iou"] == pytest.approx(statistics.stdev(best))
+    told = [f"{np.mean(ious):.4f} +- {statistics.stdev(ious):.4f}" for ious in (best, last)]
+    assert f"val IoU {told[0]} at each one's best step; {told[1]} at the last step" in result.out
+    python, _, *words = shlex.split(result.out.splitlines()[-1].removeprefix("next: "))
+    row = ok(call(words[0], *words[1:])).out.splitlines()[1]
+    assert python == "python" and all(f"{text} of 4" in row for text in told)
+
+
+def test_a_seed_among_several_is_that_seed_alone(features, tmp_path):
+    flags = ("--features", features, *LINEAR)
+    said = ok(call("train", *flags, "--seeds", 2, "--seed", 3, "--out", tmp_path / "seeds")).out
+    ok(call("train", *flags, "--seed", 4, "--out", tmp_path / "alone"))
+    assert_same(tmp_path / "seeds/seed-4", tmp_path / "alone")
+    mean = np.mean([losses_of(tmp_path / f"seeds/seed-{seed}")[-1] for seed in (3, 4)])
+    assert f"loss {mean:.4f} +- " in said  # nothing to validate on
+    assert json.loads((tmp_path / "alone/args.json").read_text())["seconds"] > 0
+
+
+def test_several_trainings_go_on_after_a_stop(features, tmp_path, monkeypatch, capfd):
+    flags = ("--features", features, *LINEAR, "--folds", 2, "--log-every", 9)
+    assert main(*flags, "--out", tmp_path / "whole") == 0
+    save, run = runs.save_state, tmp_path / "my run"
+
+    def stop(*state):
+        save(*state)
+        signal.raise_signal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "save_state", stop)
+        assert main(*flags, "--out", run) == 128 + signal.SIGTERM
+    again = shlex.split(capfd.readouterr().err.partition("go on with: python train.py ")[2])
+    assert again == ["--resume", str(run)] and not (run / "fold-1").exists()
+    assert main(*again) == 0
+    for name in ("fold-0", "fold-1"):
+        assert_same(run / name, tmp_path / "whole" / name)
+    assert (run / "summary.json").read_bytes() == (tmp_path / "whole/summary.json").read_bytes()
+
+
+def test_a_model_knows_its_clips_and_the_next_command_runs(features, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_features(tmp_path / "to validate", {"fox": 8})
+    ok(call("train", "--features", features, "--holdout", 0.4, *LINEAR, "--out", "part"))
+    trained, held, _ = facts_of(tmp_path / "part")
+    assert len(held) == 2 and sorted(trained + held) == sorted(CLIPS)
+
+    flags = ("--features", features, "--val-features", "to validate", *LINEAR, "--out", "my run")
+    for more in ([], ["--overwrite"]):  # the second has results to replace
+        said = ok(call("train", *flags, *more)).out
+        assert facts_of(tmp_path / "my run")[:2] == (sorted(CLIPS), [])
+        python, file, *words = shlex.split(said.splitlines()[-1].removeprefix("next: "))
+        assert (python, file) == ("python", "evaluate.py") and "to validate" in words
+        ok(call("evaluate", *words))  # the clips' frames are gone: without pictures
+    assert json.loads((tmp_path / "results/my run/scores.json").read_text())["frames"] == 8
 
 
 @pytest.mark.parametrize("flags, words", [
     (("--levels", "s8"), "has no level 's8', only s32"),
     (("--holdout", 0.5, "--val-features", "nowhere"), "--holdout"),
-    (("--folds", 6), "5 labelled clips"), (("--folds", 1), "--folds"), (("--lr", "nan"), "--lr"),
+    (("--folds", 6), "5 labelled clips"), (("--seeds", 1), "--seeds"), (("--lr", "nan"), "--lr"),
     (("--device", "cuda:77"), "--device cuda:77"), (("--decoder", "temporal"), "--cues"),
     (("--ema", 0.9), "--ema"), (("--out", "."), "current folder")])
 def test_bad_flags_are_refused_and_the_old_run_stays(features, tmp_path, monkeypatch, flags, words):
