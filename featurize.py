@@ -6,6 +6,8 @@ writes features/alexnet-train/ (features.npy, masks.npy, paths.json, meta.json),
 A run that was stopped goes on, clip by clip, when the same command is given again.
 """
 import argparse
+import contextlib
+import json
 import math
 import os
 import shlex
@@ -16,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vos import cli, clips, cues, distributed, featurizers, folder, resuming, sources
+from vos import cli, clips, cues, distributed, featurizers, folder, sources
 from vos.inputs import BadInput, sha256
 from vos.layers import count_flops
-from vos.outputs import check_output, write_json
+from vos.outputs import beside, check_output, new_folder, write_json
 
 
 def parse_args() -> argparse.Namespace:
@@ -74,7 +76,8 @@ def write_arrays(place: Path, meta: dict, rows: list[clips.Frame], meaning: clip
     group.wait()
 
     ranges = sources.clip_ranges(rows)
-    done = {line for file in place.glob("finished-*.txt") for line in file.read_text().split()}
+    notes = place / "unfinished"
+    done = {line for file in notes.glob("*.txt") for line in file.read_text().split()}
     todo = [run for run in ranges[group.rank::group.size] if str(run[0]) not in done]
     if done and group.main:
         print(f"going on from an earlier run: {len(done)} of {len(ranges)} clips are there")
@@ -94,7 +97,7 @@ def write_arrays(place: Path, meta: dict, rows: list[clips.Frame], meaning: clip
             mapped = np.load(place / name, mmap_mode="r+")
             mapped[first:stop] = array
             mapped.flush()
-        with open(place / f"finished-{group.rank}.txt", "a", encoding="ascii") as file:
+        with open(notes / f"{group.rank}.txt", "a", encoding="ascii") as file:
             file.write(f"{first}\n")
 
 
@@ -147,8 +150,11 @@ def main() -> None:
     # featurize
     started = time.perf_counter()
     logged = cli.tracked(mode if group.main else "disabled", "featurize", vars(args), used)
+    making = (new_folder(out, "features", args.overwrite, inputs, json.dumps(meta | paths))
+              if group.main else contextlib.nullcontext(beside(out, "partial")))
     with logged as log:
-        with resuming.unfinished_folder(out, args.overwrite, inputs, meta | paths, group) as place:
+        with making as place:
+            group.wait()
             write_arrays(place, meta, rows, source.meaning, featurizer, device, threads, group)
             group.wait()
             if group.main:

@@ -96,8 +96,8 @@ def test_references_to_files_elsewhere_are_refused(server):
         tracking.fetch(LATEST, "disabled")
 
 
-def test_processes_may_want_an_artifact_from_windows_at_once(server):
-    server.publish("linear", "dataset", {"paths.json": b"{}", "JPEGImages\\bear\\0.jpg": b"jpeg"})
+def test_processes_may_want_an_artifact_at_once(server):
+    server.publish("linear", "dataset", {"paths.json": b"{}", "JPEGImages/bear/0.jpg": b"jpeg"})
     script = f"from vos import tracking; print(tracking.fetch({LATEST!r}, 'disabled')[0])"
     given = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True,
              "env": {**os.environ, "PYTHONPATH": str(ROOT)}}

@@ -136,7 +136,7 @@ def test_another_command_does_not_go_on_with_a_stopped_one(davis, tmp_path):
     flags = ("--data", davis, "--split", "train", *ALEXNET, "--out", tmp_path / "f")
     stopped = forked("featurize", *flags, prepare=at_write(tmp_path, 24, signal.SIGINT))
     assert (stopped.status, stopped.err) == (130, "featurize.py: interrupted\n")
-    assert (tmp_path / ".f.vos-partial/finished-0.txt").exists() and not (tmp_path / "f").exists()
+    assert (tmp_path / ".f.vos-partial/unfinished/0.txt").exists() and not (tmp_path / "f").exists()
     assert "going on" not in ok(call("featurize", *flags, "--limit", 8)).out
     outcome = tree(tmp_path / "f")
     ok(call("featurize", *flags, "--limit", 8, "--overwrite"))

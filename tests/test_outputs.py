@@ -32,14 +32,14 @@ def write_files(folder: Path, names: list[str]) -> Path:
     return folder
 
 
-def make(out: Path, kind: str = "run", overwrite: bool = True, inputs=(), keep=False) -> None:
+def make(out: Path, kind: str = "run", overwrite: bool = True, inputs=(), plan=None) -> None:
     """Make a folder with one file in it through the door, or a file."""
     if kind == "submission":
         outputs.check_output(out, kind, overwrite, inputs)
         with outputs.locked(out), outputs.whole_file(out) as file:
             file.write_text("new")
         return
-    with outputs.new_folder(out, kind, overwrite, inputs, keep) as folder:
+    with outputs.new_folder(out, kind, overwrite, inputs, plan) as folder:
         (folder / "new").write_text("new")
 
 
@@ -66,14 +66,14 @@ def test_what_may_never_be_written_is_refused(world, place):
     assert tree(world) == before
 
 
-@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("plan", [None, "features of this"])
 @pytest.mark.parametrize("suffix", ["partial", "lock", "old"])
-def test_a_link_at_a_temporary_name_is_never_followed(suffix, keep, tmp_path):
+def test_a_link_at_a_temporary_name_is_never_followed(suffix, plan, tmp_path):
     home = write_files(tmp_path / "home", ["thesis"])
     link = tmp_path / f".run.vos-{suffix}"
     link.symlink_to("home/thesis" if suffix == "lock" else "home")
     with contextlib.suppress(BadInput):
-        make(tmp_path / "run", keep=keep)
+        make(tmp_path / "run", plan=plan)
     assert (home / "thesis").read_text() == "mine" and set(tree(home)) == {"thesis"}
 
 
@@ -111,11 +111,11 @@ def test_what_is_replaced_stays_until_the_new_is_whole(tmp_path):
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("keep", [False, True])
-def test_what_was_made_is_kept_when_the_place_was_taken_meanwhile(tmp_path, keep):
+@pytest.mark.parametrize("plan", [None, "features of this"])
+def test_what_was_made_is_kept_when_the_place_was_taken_meanwhile(tmp_path, plan):
     out = tmp_path / "features"
     with pytest.raises(BadInput) as error:
-        with outputs.new_folder(out, "features", overwrite=True, keep=keep) as folder:
+        with outputs.new_folder(out, "features", overwrite=True, plan=plan) as folder:
             (folder / "new").write_text("finished")
             write_files(out, ["thesis"])
     assert str(folder) in str(error.value)

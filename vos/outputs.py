@@ -104,16 +104,25 @@ def beside(out: Path, what: str) -> Path:
 
 @contextlib.contextmanager
 def new_folder(out: Path, kind: str, overwrite: bool, inputs: Sequence[Path] = (),
-               keep: bool = False) -> Iterator[Path]:
-    """Yield a folder beside `out`, renamed to it on a clean exit; `keep`: left for the next run."""
+               plan: str | None = None) -> Iterator[Path]:
+    """Yield a folder beside `out`, renamed to it on a clean exit.
+
+    plan: when stopped, the folder stays, and is yielded again to the next that has the same plan.
+    What is in its folder `unfinished` then is left out at the end. Raises BadInput, CannotWrite.
+    """
     check_output(out, kind, overwrite, inputs)
-    temporary, old = beside(out, "partial"), beside(out, "old")
+    temporary, old, keep = beside(out, "partial"), beside(out, "old"), plan is not None
+    note = temporary / "unfinished/plan.json"
     with locked(out), writing(out):
         try:
-            if not keep:
+            if plan is None or not note.exists() or note.read_text() != plan:
                 shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(exist_ok=keep and not temporary.is_symlink())
+                temporary.mkdir()
+            if plan is not None:
+                note.parent.mkdir(exist_ok=True)
+                write_text(note, plan)
             yield temporary
+            shutil.rmtree(note.parent, ignore_errors=True)
             for file in filter(Path.is_file, temporary.rglob("*")):
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
@@ -122,12 +131,15 @@ def new_folder(out: Path, kind: str, overwrite: bool, inputs: Sequence[Path] = (
                 check_output(out, kind, overwrite, inputs)
             except BadInput as error:  # it appeared meanwhile
                 keep = True
-                raise BadInput(f"{error} (what was made is kept in {temporary})") from error
+                raise CannotWrite(f"{error} (what was made is kept in {temporary})") from error
             shutil.rmtree(old, ignore_errors=True)  # left by a kill
             if out.exists():
                 os.rename(out, old)
             os.rename(temporary, out)
             shutil.rmtree(old, ignore_errors=True)
+        except BadInput as error:
+            keep = keep and isinstance(error, CannotWrite)
+            raise
         finally:
             if not keep:
                 shutil.rmtree(temporary, ignore_errors=True)

@@ -1,40 +1,12 @@
-"""Going on with what was stopped: a feature folder in the making, and a run."""
+"""Going on with a run that was stopped."""
 import argparse
-import contextlib
 import json
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from vos.distributed import Group
 from vos.inputs import BadInput, read_json
-from vos.outputs import CannotWrite, beside, new_folder, write_text
+from vos.outputs import write_text
 from vos.runs import code_revision, load_checkpoint, read_log
-
-
-@contextlib.contextmanager
-def unfinished_folder(out: Path, overwrite: bool, inputs: Sequence[Path], plan: dict,
-                      group: Group) -> Iterator[Path]:
-    """Yield what becomes `out`; stopped, it stays for the next run of the same `plan`."""
-    if not group.main:
-        group.wait()
-        yield beside(out, "partial")
-        return
-    with new_folder(out, "features", overwrite, inputs, keep=True) as place:
-        file, text = place / "plan.json", json.dumps(plan)
-        if not file.exists() or file.read_text() != text:
-            shutil.rmtree(place)
-            place.mkdir()
-            write_text(file, text)
-        group.wait()
-        try:
-            yield place
-        except BadInput as error:
-            if not isinstance(error, CannotWrite):
-                shutil.rmtree(place)
-            raise
-        for path in [file, *place.glob("finished-*.txt")]:
-            path.unlink()
 
 
 def recall(run: Path, parser: argparse.ArgumentParser, given: argparse.Namespace,

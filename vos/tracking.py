@@ -70,10 +70,8 @@ def download(wanted: str) -> str:
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         files = Path(artifact.download(f"{temporary}/files", skip_cache=True))
         artifact.verify(str(files))
-        for path in entries:
-            final = files / OUR_NAMES.get(path, path.replace("\\", "/"))  # from Windows
-            final.parent.mkdir(parents=True, exist_ok=True)
-            (files / path).rename(final)
+        for path in OUR_NAMES.keys() & entries.keys():
+            (files / path).rename(files / OUR_NAMES[path])
         if not folder.is_dir():  # another process may have been faster
             files.rename(folder)
     return used
