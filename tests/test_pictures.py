@@ -1,11 +1,10 @@
-"""Overlays, PNGs and curves: which pixels change, what is on disk, what the drawing says."""
+"""Overlays and curves: which pixels change, what the drawing says."""
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from vos import pictures, results
+from vos import pictures
 
 
 def test_overlay_changes_the_fill_and_the_outline_and_nothing_else():
@@ -32,16 +31,6 @@ def test_outline_stays_off_the_frame_border():
     mask[:, :20] = True
     picture = pictures.overlay(frame, nothing, mask)
     assert (picture[:, 19] == pictures.OUTLINE).all() and (picture[:, :15] == 99).all()
-
-
-@pytest.mark.parametrize("height, width", [(1, 1), (3, 8), (40, 61)])
-def test_a_grey_png_decodes_to_its_pixels(tmp_path, height, width):
-    pixels = np.random.default_rng(0).integers(0, 256, (height, width), np.uint8)
-    for image in (pixels, np.zeros_like(pixels)):
-        results.write_grey(tmp_path / "mask.png", image)
-        with Image.open(tmp_path / "mask.png") as back:
-            assert back.mode == "L" and back.format == "PNG"
-            assert np.array_equal(np.asarray(back), image)
 
 
 def curves(tmp_path, rows: list[dict]) -> tuple[list[str], list[str]]:

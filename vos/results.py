@@ -2,7 +2,6 @@
 import base64
 import csv
 import io
-import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import date
@@ -16,10 +15,14 @@ from PIL import Image
 
 from vos import clips, metrics, pictures, video
 from vos.cli import progress
+from vos.images import write_image
 from vos.metrics import MEASURES
 from vos.outputs import write_json, write_text
 from vos.pictures import chart, known
 from vos.sources import Source, clip_ranges
+
+# masks are nearly flat, so runs pack them smaller than Pillow's default does, in half the time
+FAST = {"compress_level": 1, "compress_type": zlib.Z_RLE}
 
 
 def write_outputs(out: Path, predictions: Iterable[np.ndarray], source: Source, threads: int,
@@ -30,7 +33,7 @@ def write_outputs(out: Path, predictions: Iterable[np.ndarray], source: Source, 
         frame, mask = source.frames[index], source.mask(index)
         pixels = clips.resize(pixels, source.sizes[index])
         if write:
-            write_grey(out / f"outputs/{index:05d}.png", pixels)
+            write_image(out / f"outputs/{index:05d}.png", pixels, **FAST)
         scores = (None,) * 3 if mask is None else metrics.score_frame(pixels > 127, mask)
         return {"index": index, "clip": frame.clip, "frame": frame.name,
                 **dict(zip(("iou", "J", "F"), scores))}
@@ -41,23 +44,6 @@ def write_outputs(out: Path, predictions: Iterable[np.ndarray], source: Source, 
         write_json(out / "paths.json", {"output": names})
     numbered = enumerate(progress(predictions, "predict", len(source.frames)))
     return list(clips.in_threads(finish, numbered, threads))
-
-
-def write_grey(path: Path, pixels: np.ndarray) -> None:
-    """Write uint8 [H, W] as a grey PNG: 0.9 ms a frame of 480x854, where imageio takes 2.2."""
-    height, width = pixels.shape
-    # A row is its difference from the one above, packed in runs, since masks are nearly flat.
-    rows = np.full((height, 1 + width), 2, np.uint8)  # each starts with its filter: 2, "up"
-    rows[:, 1:] = np.diff(pixels, axis=0, prepend=np.uint8(0))  # modulo 256, as the filter wants
-    packer = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_RLE)
-
-    png = b"\x89PNG\r\n\x1a\n"
-    for kind, body in ((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)),
-                       (b"IDAT", packer.compress(rows.tobytes()) + packer.flush()),
-                       (b"IEND", b"")):
-        check = zlib.crc32(kind + body)
-        png += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", check)
-    path.write_bytes(png)
 
 
 def write_scores(out: Path, rows: list[dict], protocol: str) -> dict | None:

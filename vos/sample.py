@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vos.cli import Parser, count, progress, run
+from vos.cli import Parser, count, parse_size, progress, run
 from vos.images import write_image
 from vos.outputs import new_folder, write_json, write_text
 
@@ -51,11 +51,6 @@ def make_clip(seed: int, frames: int, height: int, width: int) -> tuple[np.ndarr
             image = np.where(masks[t, ..., None], paint, image)
         images[t] = np.clip(image + rng.normal(0, 4, (height, width, 1)), 0, 255)
     return images, masks
-
-
-def parse_size(text: str) -> tuple[int, ...]:
-    """Parse HEIGHTxWIDTH (argparse type)."""
-    return tuple(map(count(10_000, least=32), text.partition("x")[::2]))
 
 
 def main(flags: list[str] | None = None) -> None:
