@@ -15,7 +15,7 @@ import data
 import models
 from models import DECODERS
 from vos.inputs import BadInput
-from vos.layers import count_flops, pooling
+from vos.layers import count_flops
 
 SHAPE, SIZE = (6, 7, 9), (40, 60)
 TWO = {"s32": (6, 3, 4), "s16": (4, 7, 9)}
@@ -72,15 +72,6 @@ def test_simple_works_on_far_fewer_numbers_than_pixels():
     decoder = DECODERS["simple"]({"s32": (256, 14, 25)}, (480, 854))
     assert decoder([torch.zeros(1, 256, 14, 25)]).numel() < 480 * 854 / 300
     assert sum(weight.numel() for weight in decoder.parameters()) == 256 * 9 + 1
-
-
-@pytest.mark.parametrize("cells, pixels", [(1, 9), (5, 3), (12, 480), (23, 854), (7, 7), (13, 9)])
-def test_pooling_is_pytorchs(cells, pixels):
-    mean, group = pooling(cells, pixels)
-    values = torch.randn(2, cells, dtype=torch.float64)
-    expected = torch.nn.AdaptiveAvgPool1d(pixels)(values)
-    found = (values @ mean.double().T)[:, group]
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name, shapes, words", [

@@ -42,14 +42,6 @@ def count(path) -> tuple[int, tuple[int, ...]]:
 NOISE = ("-f", "lavfi", "-i", "testsrc2=s=128x96:r=10:d=4", "-pix_fmt", "yuv420p")
 
 
-@pytest.mark.parametrize("kind", ["gif", "mp4"])
-def test_what_is_written_reads_back(tmp_path, ffmpeg, kind):
-    video.write_video(tmp_path / "clip.tmp", greys(10), 5, kind)
-    path = (tmp_path / "clip.tmp").rename(tmp_path / f"clip.{kind}")
-    assert count(path) == (10, (48, 64))
-    assert levels(path) == list(range(10))
-
-
 def test_frames_of_a_variable_rate_come_once_each(tmp_path, ffmpeg):
     video.write_video(tmp_path / "even.mp4", greys(6), 10, "mp4")
     ffmpeg("-i", "even.mp4", "-vf", "setpts='N*N/TB/4'", "-fps_mode", "passthrough", "odd.mp4")
@@ -122,9 +114,10 @@ def test_without_ffmpeg_a_video_says_what_to_do(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["gif", "mp4"])
-def test_frames_are_shrunk_and_made_the_size_of_the_first(tmp_path, ffmpeg, kind):
-    frames = [*greys(2, (511, 1001)), np.full((30, 30, 3), 40, np.uint8)]
-    video.write_video(tmp_path / f"a.{kind}", frames, 10, kind)
-    number, (height, width) = count(tmp_path / f"a.{kind}")
-    assert number == 3 and width == 480 and height in (245, 246)
-    assert levels(tmp_path / f"a.{kind}") == [0, 1, 2]
+def test_what_is_written_reads_back_shrunk_and_of_the_size_of_the_first(tmp_path, ffmpeg, kind):
+    frames = [*greys(9, (511, 1001)), np.full((30, 30, 3), 180, np.uint8)]
+    video.write_video(tmp_path / "clip.tmp", frames, 10, kind)
+    path = (tmp_path / "clip.tmp").rename(tmp_path / f"a.{kind}")
+    number, (height, width) = count(path)
+    assert number == 10 and width == 480 and height in (245, 246)
+    assert levels(path) == list(range(10))
