@@ -267,38 +267,6 @@ def frames(rng: np.random.Generator) -> None:
     assert np.abs(found - shown.astype(int)).max() <= 5 * (suffix == "jpg"), (suffix, mode, turn)
 
 
-def annotations(rng: np.random.Generator) -> None:
-    """A data set of masks: read as the table in docs/formats.md says, whatever EXIF says."""
-    kinds = {"1": "bit", "L": "grey", "LA": "grey", "greys": "grey", "equal": "grey",
-             "P": "indexed", "RGB": "colour", "RGBA": "colour"}
-    pools = [[0, 1], [0, 255], [0, 1, 3], [0, 1, 255], [0, 38], [0, 128, 255], [0, 33, 255],
-             [0, 32], [0, 9, 128, 255], [0, 254], [0, 200], [0]]
-    mode, pool = str(rng.choice(list(kinds))), pools[rng.integers(len(pools))]
-    predictions, white, exif = bool(rng.random() < 0.3), bool(rng.random() < 0.2), Image.Exif()
-    exif[274], values = 6, {}
-    for number in range(int(rng.integers(1, 4))):
-        pixels = rng.choice(np.uint8(pool), (8, 8, {"RGB": 3, "RGBA": 4, "LA": 2}.get(mode, 1)))
-        picture = Image.fromarray(pixels[..., 0] > 0 if mode == "1" else pixels.squeeze())
-        if mode in ("P", "greys"):
-            palette = rng.integers(0, 99, 768) if mode == "P" else np.arange(256).repeat(3)
-            palette[:3] = 255 * (white and mode == "P")
-            picture.putpalette(palette.astype(np.uint8).tobytes())
-        file = Path(f"now/{number}.png")
-        (picture.convert("RGB") if mode == "equal" else picture).save(file, exif=exif)
-        values[file] = (pixels[..., :-1] if mode in ("LA", "RGBA") else pixels).max(axis=2)
-
-    held = {int(value) for own in values.values() for value in own.flat}
-    grey = kinds[mode] == "grey" and max(held) > 32
-    void = mode == "P" and 255 in held and len(held - {0}) > 1
-    fine = max(held) == 255 and (held & {*range(33, 255)} or not held & {*range(1, 33)})
-    right = (not grey or predictions or bool(fine)) and not (white and mode == "P")
-    right = None if pool == [0] and mode in ("LA", "RGBA") else right  # only alpha tells
-    meaning = expect(right, clips.decide_meaning, list(values), 2, predictions)
-    for file, own in values.items():
-        wanted = own > 127 if grey else (own > 0) & ~(void & (own == 255))
-        assert (clips.read_mask(file, meaning) == wanted).all(), (mode, pool, meaning)
-
-
 def videos(rng: np.random.Generator) -> None:
     """A GIF or, where there is ffmpeg, an MP4 of an odd rate: whole, cut, or with damaged bytes."""
     kind = "mp4" if rng.random() < 0.1 and importlib.util.find_spec("imageio_ffmpeg") else "gif"
@@ -384,7 +352,7 @@ def damaged(rng: np.random.Generator) -> None:
         run_script("package", *given, out="now/sub.zip")
 
 
-MIX = [flags, outputs, layouts, frames, annotations, videos, damaged, flags, layouts, damaged]
+MIX = [flags, outputs, layouts, frames, videos, damaged, flags, layouts, frames, damaged]
 
 
 def read_inputs(seed: int, numbers: list[int], log: Path, failures: Path) -> list[list]:
