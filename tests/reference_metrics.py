@@ -22,15 +22,10 @@ def f_measure(prediction: np.ndarray, mask: np.ndarray) -> float:
     """Return F, the harmonic mean of the shares of each boundary that lie near the other."""
     radius = math.ceil(0.008 * np.linalg.norm(mask.shape))
     ours, theirs = boundary(prediction), boundary(mask)
-    if not ours.any() and not theirs.any():
-        precision, recall = 1.0, 1.0
-    elif not ours.any():
-        precision, recall = 1.0, 0.0
-    elif not theirs.any():
-        precision, recall = 0.0, 1.0
-    else:
-        precision = (ours & dilate(theirs, radius)).sum() / ours.sum()
-        recall = (theirs & dilate(ours, radius)).sum() / theirs.sum()
+    if not (ours.any() and theirs.any()):  # one has none: precision is 1 and recall 0, or the other
+        return float(ours.any() == theirs.any())
+    precision = (ours & dilate(theirs, radius)).sum() / ours.sum()
+    recall = (theirs & dilate(ours, radius)).sum() / theirs.sum()
     return 0.0 if precision + recall == 0 else float(2 * precision * recall / (precision + recall))
 
 

@@ -4,9 +4,8 @@ import math
 import numpy as np
 import pytest
 import reference_metrics as reference
-import torch
 
-from vos import layers, metrics
+from vos import metrics
 
 SIZES = [(1, 1), (1, 9), (9, 1), (5, 63), (8, 65), (61, 129), (17, 200), (90, 31), (30, 1200)]
 
@@ -60,12 +59,6 @@ def test_frames_with_a_known_answer():
     ]:
         np.testing.assert_allclose(score(prediction, mask)[:, 0], [iou, J, F], rtol=1e-15, atol=0)
     assert score(square, np.roll(moved, 1, axis=2))[2, 0] < 1
-
-
-def test_contest_iou_of_tensors_is_that_of_packed_arrays():
-    predictions, masks = random_pairs(33, 77)
-    found = layers.contest_iou(torch.from_numpy(predictions), torch.from_numpy(masks))
-    np.testing.assert_allclose(found, score(predictions, masks)[0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("frames", [*range(1, 9), 25, 90, 255, 256, 257, 1000])
