@@ -169,9 +169,9 @@ def main() -> None:
                 if not 0.001 <= share <= 0.9:
                     print("warning: that is hardly an object; are these the right masks?")
         if log:
-            from vos import tracking
+            files = {path.name: path for path in out.iterdir()}
             facts = {key: meta[key] for key in ("featurizer", "levels", "weights", "size")}
-            tracking.log_features(log, out, args.featurizer, split, facts)
+            log.artifact(f"{args.featurizer}-featurized-{split}", "featurized-data", files, facts)
     if group.main:
         print(f"seconds: {time.perf_counter() - started:.3f} ({len(rows)} frames)")
         cli.say(f"wrote {out}")

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 from wandb_server import ENTITY
-from wandb_world import ROOT
 
 from vos import tracking
 from vos.inputs import BadInput

@@ -10,8 +10,6 @@ from pathlib import Path
 
 from wandb_server import KEY, WandbServer
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 def isolate(home, monkeypatch):
     """Put what the client keeps under `home`, and let it read nothing of the user's."""

@@ -9,7 +9,8 @@ from pathlib import Path
 from vos.inputs import BadInput, inside
 from vos.outputs import write_text
 
-OUR_NAMES = {"features_array": "features.npy", "masks": "masks.npy", "final_model": "model.pt"}
+# our file -> its entry in the contest's artifacts
+ENTRIES = {"features.npy": "features_array", "masks.npy": "masks", "model.pt": "final_model"}
 
 
 def plain(message) -> str:
@@ -70,8 +71,9 @@ def download(wanted: str) -> str:
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         files = Path(artifact.download(f"{temporary}/files", skip_cache=True))
         artifact.verify(str(files))
-        for path in OUR_NAMES.keys() & entries.keys():
-            (files / path).rename(files / OUR_NAMES[path])
+        for name, entry in ENTRIES.items():
+            if entry in entries:
+                (files / entry).rename(files / name)
         if not folder.is_dir():  # another process may have been faster
             files.rename(folder)
     return used
@@ -122,13 +124,13 @@ class Run(contextlib.AbstractContextManager):
             self.client.watch(decoder, log_freq=every)
 
     def artifact(self, name: str, type: str, files: dict, metadata: dict, aliases=(), tables=()):
-        """Log files {entry: path}, (wandb.Table, entry) as `name`; metadata goes to the summary."""
+        """Log files {name: path}, (wandb.Table, name) as `name`; metadata goes to the summary."""
         with self.going_on(f"the artifact {name}"):
             import wandb
             self.client.summary.update(metadata)
             artifact = wandb.Artifact(name, type=type, metadata=metadata)
-            for entry, path in files.items():
-                artifact.add_file(str(path), name=entry, skip_cache=True)
+            for file, path in files.items():
+                artifact.add_file(str(path), name=ENTRIES.get(file, file), skip_cache=True)
             for table, entry in tables:
                 artifact.add(table, entry)
             sent = self.client.log_artifact(artifact, aliases=["latest", *aliases])
@@ -158,16 +160,9 @@ def start(mode, job: str, config: dict, inputs: list[str]) -> Run:
     return run
 
 
-def log_features(run: Run, folder: Path, featurizer: str, split: str, metadata: dict) -> None:
-    """Log a feature folder as `<featurizer>-featurized-<split>`."""
-    theirs = {ours: entry for entry, ours in OUR_NAMES.items()}
-    files = {theirs.get(path.name, path.name): path for path in folder.iterdir()}
-    run.artifact(f"{featurizer}-featurized-{split}", "featurized-data", files, metadata)
-
-
 def log_model(run: Run, decoder: str, model_path: Path, checkpoints: list, metadata: dict) -> None:
     """Log a decoder as `<decoder>`, also `best` where its `val_iou` chose it among its steps."""
-    files = {"final_model": model_path} | {path.name: path for path in checkpoints}
+    files = {path.name: path for path in (model_path, *checkpoints)}
     aliases = ["best"] if metadata.get("val_iou") is not None else []
     run.artifact(decoder, "trained-model", files, metadata, aliases)
 
