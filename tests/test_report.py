@@ -1,10 +1,10 @@
-"""The report in headless Chromium, driven over WebDriver's HTTP protocol; and what needs none."""
+"""The report in headless Chromium; and what needs none."""
+import html
 import json
 import re
 import shutil
 import subprocess
-import time
-import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,58 +13,27 @@ from PIL import Image
 from vos import pictures, results
 
 CLIPS = ["clip-10", "clip-9", "<i>&\"nasty\"</i>", "clip-2"]
-LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever the proxy
+# a page around the report's: it asks the report once loaded, and holds the answer
+AROUND = """<iframe src="{name}" width="{width}" height="800"></iframe><pre></pre><script>
+onload = async () => {{
+  const document = frames[0].document, sleep = ms => new Promise(done => setTimeout(done, ms))
+  const answer = await (async () => {{ {script} }})()
+  window.document.querySelector("pre").textContent = JSON.stringify(answer)
+}}</script>"""
 
 
-class Browser:
-    """A Chromium session: pages from disk, script in them, the mouse, the console."""
-
-    def __init__(self, port: str, profile: str):
-        options = {"args": ["--headless", "--no-sandbox", f"--user-data-dir={profile}"]}
-        wanted = {"browserName": "chrome", "goog:chromeOptions": options,
-                  "goog:loggingPrefs": {"browser": "ALL"}}
-        self.root = f"http://127.0.0.1:{port}/session"
-        self.root += "/" + self.post("", capabilities={"alwaysMatch": wanted})["sessionId"]
-
-    def post(self, path: str, **body):
-        kind = {"Content-Type": "application/json"}
-        request = urllib.request.Request(self.root + path, json.dumps(body).encode(), kind)
-        with LOCAL.open(request, timeout=60) as answer:
-            return json.load(answer)["value"]
-
-    def open(self, path, width: int) -> None:
-        size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
-        self.post("/goog/cdp/execute", cmd="Emulation.setDeviceMetricsOverride", params=size)
-        self.post("/url", url=path.as_uri())
-
-    def run(self, script: str):
-        return self.post("/execute/sync", script=script, args=[])
-
-    def click(self, column: int) -> None:
-        selector = f"#clips th:nth-child({column}) button"
-        (element,) = self.post("/element", using="css selector", value=selector).values()
-        self.post(f"/element/{element}/click")
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    if not (shutil.which("chromium") and shutil.which("chromedriver")):
-        pytest.skip("needs chromium and chromedriver: apt-get install chromium chromium-driver")
-    log = tmp_path_factory.mktemp("driver") / "log.txt"
-    with open(log, "w") as file:
-        driver = subprocess.Popen(["chromedriver", "--port=0"], stdout=file, stderr=file)
-    session = None
-    try:
-        while not (port := re.search(r"successfully on port (\d+)", log.read_text())):
-            assert driver.poll() is None, log.read_text()
-            time.sleep(0.1)
-        session = Browser(port[1], str(tmp_path_factory.mktemp("profile")))
-        yield session
-    finally:
-        if session:
-            LOCAL.open(urllib.request.Request(session.root, method="DELETE")).close()
-        driver.terminate()
-        driver.wait(30)
+def ask(page: Path, width: int, script: str):
+    """Return what a script returns in a page that is `width` wide; nothing may be complained of."""
+    if not shutil.which("chromium"):
+        pytest.skip("needs chromium: apt-get install chromium")
+    around = page.with_name("around.html")
+    around.write_text(AROUND.format(name=page.name, width=width, script=script))
+    command = ["chromium", "--headless", "--no-sandbox", "--allow-file-access-from-files",
+               "--window-size=1400,900", "--enable-logging=stderr", "--virtual-time-budget=5000",
+               f"--user-data-dir={page.parent / 'profile'}", "--dump-dom", around.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in done.stderr, done.stderr
+    return json.loads(html.unescape(re.search("<pre>(.*)</pre>", done.stdout, re.DOTALL)[1]))
 
 
 def invent(scored: bool = True) -> tuple[dict | None, list[dict]]:
@@ -98,47 +67,38 @@ def page(tmp_path_factory):
     return folder / "report.html"
 
 
-def test_click_on_a_heading_sorts_and_a_second_one_reverses(browser, page):
-    def order() -> list[str]:
-        return browser.run("return [...document.querySelectorAll('tbody a')].map(a => a.innerText)")
-
-    browser.open(page, 1280)
-    assert order() == CLIPS
-    browser.click(3)
-    assert order() == ["clip-9", "clip-2", CLIPS[2], "clip-10"]
-    browser.click(1)
-    assert [name for name in order() if "<" not in name] == ["clip-2", "clip-9", "clip-10"]
-    for expected in (["clip-10", CLIPS[2], "clip-2", "clip-9"],
-                     ["clip-2", CLIPS[2], "clip-10", "clip-9"]):  # without a value: last
-        browser.click(6)
-        assert order() == expected
+def test_click_on_a_heading_sorts_and_a_second_one_reverses(page):
+    found = ask(page, 1280, """
+        const order = () => [...document.querySelectorAll("tbody a")].map(a => a.innerText)
+        const click = n => document.querySelector(`#clips th:nth-child(${n}) button`).click()
+        return [order(), ...[3, 1, 6, 6].map(column => (click(column), order()))]""")
+    given, by_j, by_name, *by_decay = found
+    assert given == CLIPS and by_j == ["clip-9", "clip-2", CLIPS[2], "clip-10"]
+    assert [name for name in by_name if "<" not in name] == ["clip-2", "clip-9", "clip-10"]
+    assert by_decay == [["clip-10", CLIPS[2], "clip-2", "clip-9"],
+                        ["clip-2", CLIPS[2], "clip-10", "clip-9"]]  # without a value: last
 
 
 @pytest.mark.parametrize("width", [375, 1280])
-def test_page_fits_shows_its_pictures_and_names_and_says_when_a_table_scrolls(browser, page, width):
-    browser.post("/se/log", type="browser")  # what earlier pages left
-    browser.open(page, width)
-    assert browser.run("return document.documentElement.scrollWidth") <= width
-    browser.run("document.querySelector('.videos').scrollIntoView()")
-    time.sleep(0.3)  # the lazy ones load
-    sizes = browser.run("return [...document.images].map(i => [i.naturalWidth, i.alt.length > 9])")
-    assert sizes == [[111, True]] * 12 + [[40, True]]
-    hidden = browser.run("return getComputedStyle(document.querySelector('.hint')).display")
-    assert (hidden == "none") == (width == 1280)
-    said = [entry["message"] for entry in browser.post("/se/log", type="browser")]
-    assert [message for message in said if "c.mp4" not in message] == []
-
+def test_page_fits_shows_its_pictures_and_names_and_says_when_a_table_scrolls(page, width):
+    wide, sizes, hint, title, markup, fact, alt = ask(page, width, """
+        document.querySelector(".videos").scrollIntoView()
+        await sleep(300)  // the lazy ones load
+        const images = [...document.images], hint = document.querySelector(".hint")
+        return [document.documentElement.scrollWidth,
+                images.map(image => [image.naturalWidth, image.alt.length > 9]),
+                document.defaultView.getComputedStyle(hint).display, document.title,
+                document.querySelectorAll("i, b").length, document.querySelector("dd").innerText,
+                images[6].alt]""")
+    assert wide <= width and sizes == [[111, True]] * 12 + [[40, True]]
+    assert (hint == "none") == (width == 1280)
     # names are text, not markup
-    found = browser.run("return [document.title, document.querySelectorAll('i, b').length]")
-    assert found == ["A <report>", 0]
-    assert browser.run("return document.querySelector('dd').innerText") == "<b>linear</b>"
-    assert CLIPS[2] in browser.run("return document.images[6].alt")
+    assert (title, markup, fact) == ("A <report>", 0, "<b>linear</b>") and CLIPS[2] in alt
 
 
-def test_report_without_annotations_shows_no_scores_and_no_truth(browser, tmp_path):
+def test_report_without_annotations_shows_no_scores_and_no_truth(tmp_path):
     results.write_report(tmp_path / "report.html", "Bare", *invent(scored=False), picture, {})
-    browser.open(tmp_path / "report.html", 375)
-    text = browser.run("return document.body.innerText")
+    text = ask(tmp_path / "report.html", 375, "return document.body.innerText")
     assert "No annotations" in text and "First: frame 00000" in text
     assert not re.search("truth|mean IoU|Recall|Videos|Training", text)
 
