@@ -214,6 +214,14 @@ def test_views_show_the_middle_or_the_frame_amid_its_reflections():
         np.testing.assert_array_equal(clips.show(frame, zoom), padded)
 
 
+def test_a_frame_is_shrunk_to_means_and_a_mask_to_some_of_its_pixels():
+    stripes = np.tile(np.array([0, 255], np.uint8), (64, 60))
+    frame = clips.resize(np.dstack([stripes] * 3), (32, 60))
+    assert frame.shape == (32, 60, 3) and np.abs(frame[:, 1:-1].astype(int) - 127).max() <= 1
+    mask = clips.resize(stripes > 0, (32, 60))
+    assert mask.shape == (32, 60) and mask.dtype == bool and len(np.unique(mask)) == 1
+
+
 @pytest.mark.parametrize("text", ["", "zoom2,", "zoom", "zoom1", "zoom0.2", "zoom5", "zoom-2",
                                   "flip", "zoom2,zoom2"])
 def test_other_views_are_refused(text):

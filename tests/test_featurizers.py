@@ -7,7 +7,7 @@ import torch
 from helpers import ROOT
 from torch import nn
 
-from vos.featurizers import build_featurizer, resize
+from vos.featurizers import build_featurizer
 from vos.inputs import BadInput
 
 IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -217,17 +217,3 @@ def test_other_weights_are_never_loaded(tmp_path, change, words):
     with pytest.raises(BadInput, match=rf"w\.pth.*{words}") as caught:
         build_featurizer("alexnet", None, str(tmp_path / "w.pth"))
     assert "\n" not in str(caught.value)
-
-
-# --- batches -------------------------------------------------------------------------------------
-
-
-def test_frames_of_another_size_are_resized():
-    featurizer = build_featurizer("alexnet", ["s4"], "random")
-    ramp = np.arange(0, 240, dtype=np.uint8)[None, :, None].repeat(128, 0).repeat(3, 2)
-    half = ramp[::2, ::2] // 2 + ramp[1::2, 1::2] // 2  # about the mean of each pair of columns
-    images = [torch.from_numpy(image).permute(2, 0, 1)[None] for image in (ramp, half, half)]
-    maps, = featurizer(torch.cat([resize(image, (64, 120)) for image in images]))
-    assert maps.shape == (3, 64, 15, 29)
-    assert torch.equal(maps[1], maps[2])
-    assert (maps[0] - maps[1]).norm() < 0.02 * maps[1].norm()

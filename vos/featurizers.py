@@ -40,7 +40,10 @@ class Featurizer(nn.Module):
         for scale in {parse_level(level)[1] for level in self.levels}:
             step = getattr(self.network, "patch", 1)
             size = tuple(max(1, round(int(n * scale) / step)) * step for n in frames.shape[2:])
-            scaled = resize(frames, size).to(self.compute, memory_format=torch.channels_last)
+            scaled = frames
+            if size != frames.shape[2:]:
+                scaled = nn.functional.interpolate(frames, size, mode="bilinear", antialias=True)
+            scaled = scaled.to(self.compute, memory_format=torch.channels_last)
             for stride, value in self.network(scaled).items():
                 maps[level_name(stride, scale)] = value
         return [maps[level].float() for level in self.levels]
@@ -176,11 +179,3 @@ def build_featurizer(name: str, levels: list[str] | None, weights: str | None,
         fast = device.type == "cuda" or (device == CPU and torch.cpu._is_avx512_bf16_supported())
         compute = "bfloat16" if fast else "float32"
     return Featurizer(name, network, levels, getattr(torch, compute)).to(device)
-
-
-def resize(frames: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
-    """Resize frames [B, 3, H, W], uint8 or float, to `size` = (H, W), bilinear with antialias."""
-    if frames.shape[2:] == size:
-        return frames
-    resized = nn.functional.interpolate(frames.float(), size, mode="bilinear", antialias=True)
-    return resized if frames.is_floating_point() else resized.round().to(torch.uint8)

@@ -91,9 +91,9 @@ def featurize_clips(featurizer: featurizers.Featurizer, frames: list[clips.Frame
     for first, stop in ranges:
         parts = []
         for start in range(first, stop, batch):
-            images = map(torch.from_numpy, itertools.islice(shown, min(batch, stop - start)))
-            resized = [featurizers.resize(image.permute(2, 0, 1)[None], size) for image in images]
-            waiting = [torch.cat(resized).to(device, memory_format=torch.channels_last)]
+            images = itertools.islice(shown, min(batch, stop - start))
+            resized = np.stack([clips.resize(image, size) for image in images])  # [B, H, W, 3]
+            waiting = [torch.from_numpy(resized).to(device).permute(0, 3, 1, 2)]  # channels last
             while waiting:
                 pixels = waiting.pop(0)
                 try:
