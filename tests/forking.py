@@ -7,7 +7,6 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from helpers import Result, call
@@ -17,16 +16,8 @@ SECONDS = 180  # that a run may take on a busy machine
 WRITES = ("open", "os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
 
 
-class Running(NamedTuple):
-    """A fork, and where what it says can be read."""
-
-    pid: int
-    out: int
-    err: int
-
-
-def start(name: str, *flags, prepare: Callable[[], None] = lambda: None) -> Running:
-    """Start a script in a fork; `prepare` is called there first."""
+def forked(name: str, *flags, prepare: Callable[[], None] = lambda: None) -> Result:
+    """Run a script in a fork, where `prepare` is called first; its status is -9 after SIGKILL."""
     torch.set_num_threads(1)  # threads do not survive a fork
     pipes = os.pipe(), os.pipe()
     pid = os.fork()
@@ -41,24 +32,14 @@ def start(name: str, *flags, prepare: Callable[[], None] = lambda: None) -> Runn
             os.write(pipes[1][1], result.err.encode()[-30_000:])
         finally:
             os._exit(status)
-    for _, write_end in pipes:
-        os.close(write_end)
-    return Running(pid, pipes[0][0], pipes[1][0])
 
-
-def end(running: Running) -> Result:
-    """Wait for a fork; its status is -9 where it was killed with SIGKILL."""
-    _, status = os.waitpid(running.pid, 0)
+    _, status = os.waitpid(pid, 0)
     texts = []
-    for pipe in (running.out, running.err):
-        with os.fdopen(pipe, "rb") as file:
+    for read_end, write_end in pipes:
+        os.close(write_end)
+        with os.fdopen(read_end, "rb") as file:
             texts.append(file.read().decode())
     return Result(os.waitstatus_to_exitcode(status), *texts)
-
-
-def forked(name: str, *flags, prepare: Callable[[], None] = lambda: None) -> Result:
-    """Run a script in a fork to its end."""
-    return end(start(name, *flags, prepare=prepare))
 
 
 def at_write(root: Path, number: int, then: int) -> Callable[[], None]:

@@ -1,15 +1,17 @@
 """A run that was stopped ends as the run that was never stopped; test_faults.py kills it."""
 import os
 import signal
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from forking import Running, end, start
+from forking import forked
 from helpers import call, change_json, cut, ok, refuses, tree, write_features
 
+import data
 import models
+from vos import outputs
 
 FLAGS = ("--decoder", "linear", "--optimizer", "adamw", "--weight-decay", 0.1, "--lr", 0.02,
          "--schedule", "onecycle", "--batch-size", 4, "--threads", 1, "--no-pictures")
@@ -22,10 +24,6 @@ def features(tmp_path):
     return "--features", tmp_path / "train", "--val-features", tmp_path / "val"
 
 
-def lines(file: Path) -> int:
-    return file.read_bytes().count(b"\n") if file.exists() else 0
-
-
 def same_run(run: Path, other: Path) -> None:
     for name in ("model.pt", "log.jsonl"):
         assert (run / name).read_bytes() == (other / name).read_bytes(), name
@@ -33,27 +31,28 @@ def same_run(run: Path, other: Path) -> None:
     assert {path.name for path in run.iterdir()} == {path.name for path in other.iterdir()}
 
 
-def wait_for(running: Running, reached) -> None:
-    """Wait until `reached()`, or until a fork has ended."""
-    state = os.WEXITED | os.WNOHANG | os.WNOWAIT
-    while not reached() and os.waitid(os.P_PID, running.pid, state) is None:
-        time.sleep(0.001)
+def signal_in(step: int, number: int) -> Callable[[], None]:
+    """Return what to prepare a fork with, so that it gets a signal in the middle of a step."""
+    def prepare() -> None:
+        draw = data.batch_order
+
+        def batch_order(*given):
+            if given[-1] == step:
+                os.kill(os.getpid(), number)
+            return draw(*given)
+        data.batch_order = batch_order
+    return prepare
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_first_and_says_how_to_go_on(features, tmp_path, number):
-    run, flags = tmp_path / "run", (*features, *FLAGS, "--steps", 600, "--log-every", 50)
+    run, flags = tmp_path / "run", (*features, *FLAGS, "--steps", 60, "--log-every", 5)
     ok(call("train", *flags, "--out", tmp_path / "whole"))
-    running = start("train", *flags, "--out", run)
-    wait_for(running, lambda: lines(run / "log.jsonl") >= 3)
-    os.kill(running.pid, signal.SIGSTOP)
-    os.waitid(os.P_PID, running.pid, os.WSTOPPED | os.WNOWAIT)  # not before it stands still
-    refuses("train", "--resume", run, names=[run, "another process"], untouched=run)
-    os.kill(running.pid, number)
-    os.kill(running.pid, signal.SIGCONT)
-    result = end(running)
+    result = forked("train", *flags, "--out", run, prepare=signal_in(27, number))
     assert result.status == 128 + number and result.err.count("\n") == 1, result
-    assert f"python train.py --resume {run}" in result.err and lines(run / "log.jsonl") < 13
+    assert f"after step 27; go on with: python train.py --resume {run}" in result.err
+    with outputs.locked(run):
+        refuses("train", "--resume", run, names=[run, "another process"], untouched=run)
     ok(call("train", "--resume", run))
     same_run(run, tmp_path / "whole")
     before = tree(run)
