@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
-from helpers import call, cut, ok, refuses, tree, write_json
+from helpers import call, cut, ok, refuses, tree, write_features, write_json
 
 FLAGS = {"decoder": "linear", "features": "features/made-up-train", "val_features": "val",
          "folds": None, "seeds": None, "seed": 0}
@@ -96,3 +96,17 @@ def test_a_folder_without_runs_is_refused(tmp_path, inside):
     if inside == "a run":
         write_json(tmp_path / "runs/args.json", {})
     refuses("vos.runs", tmp_path / "runs", names=["holds no run of train.py"], untouched=tmp_path)
+
+
+@pytest.mark.parametrize("row", [
+    '{"step": 0, "loss": "low"}', '{"step": 0}', '{"step": 0, "loss": NaN}',
+    '{"step": 0, "loss": 1, "val_iou": null}'])
+def test_a_finished_run_says_that_its_log_is_empty_and_refuses_a_damaged_one(tmp_path, row):
+    write_features(tmp_path / "train", {"ant": 5})
+    flags = ("--features", tmp_path / "train", "--steps", 2, "--threads", 1, "--no-pictures")
+    ok(call("train", *flags, "--out", tmp_path / "run"))
+    (tmp_path / "run/log.jsonl").write_text("")
+    assert "its log has no lines" in ok(call("train", "--resume", tmp_path / "run")).out
+    (tmp_path / "run/log.jsonl").write_text(row + "\n")
+    words = "log.jsonl: expected JSON with a step and a loss"
+    refuses("train", "--resume", tmp_path / "run", names=[words], untouched=tmp_path)

@@ -7,7 +7,6 @@ Values of val IoU compare where runs validated on the same clips. Settings that 
 left out.
 """
 import itertools
-import math
 import os
 import statistics
 from collections.abc import Sequence
@@ -56,11 +55,13 @@ class Run(NamedTuple):
     """A run folder: of one training, or of one for each fold and seed."""
 
     name: str
-    flags: dict  # of args.json: flags, then the fields of the recipe
+    flags: dict  # all in args.json
+    shown: list[str]  # names of those that the table shows where runs differ
     logs: list[list[dict]]  # of each training that got as far as a line of its log
     ends: list[dict]  # what `runs.find_end` found of each
     finished: bool
-    facts: dict  # of args.json: when it started and how long it took, where that is known
+    started: str
+    seconds: str
 
     def values(self, key: str) -> list[float]:
         return [end[key] for end in self.ends if key in end]
@@ -71,19 +72,17 @@ def open_run(folder: Path) -> Run:
     facts = read_json(folder / "args.json")
     places = [folder, *sorted(file.parent for file in folder.glob("*/log.jsonl"))]
     logs = [rows for rows in map(runs.read_log, places) if rows]
+    ends = [runs.find_end(log) for log in logs]
     try:
         flags = {**facts["args"], **facts["recipe"]}
-        numbers = [row[key] for log in logs for row in log for key in ("step", "loss")]
-        numbers += [row["val_iou"] for log in logs for row in log if "val_iou" in row]
-        if not all(map(math.isfinite, [*numbers, facts.get("seconds", 0)])):
-            raise ValueError("a number is not finite")
-        ends = [runs.find_end(log) for log in logs]
+        shown = [*ARGS, *facts["recipe"]]
+        seconds = f"{facts['seconds']:.1f}" if "seconds" in facts else "-"
         wanted = (flags.get("folds") or 1) * (flags.get("seeds") or 1)  # trainings
         last = flags["steps"] - 1
         finished = len(ends) == wanted and all(end["step"] == last for end in ends)
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise BadInput(f"{folder}: is not what train.py writes ({error})") from error
-    return Run(folder.name, flags, logs, ends, finished, facts)
+    return Run(folder.name, flags, shown, logs, ends, finished, cell(facts.get("started")), seconds)
 
 
 def find_runs(folder: Path) -> list[Run]:
@@ -113,8 +112,7 @@ def cell(value) -> str:
 
 def list_cells(found: list[Run]) -> list[list[str]]:
     """Return the rows of the table, headings first: flags only where they differ between runs."""
-    names = [*ARGS, *(name for run in found for name in run.facts["recipe"])]
-    differ = [name for name in dict.fromkeys(names)
+    differ = [name for name in dict.fromkeys(name for run in found for name in run.shown)
               if len({cell(run.flags.get(name)) for run in found}) > 1]
     table = [["run", "decoder", "features", *differ, "best val IoU", "last val IoU", "seconds",
               "started"]]
@@ -129,9 +127,7 @@ def list_cells(found: list[Run]) -> list[list[str]]:
             ious.append(f"{spread(values)} {where}" if values else "-")
         if not run.finished:
             ious[1] += ", unfinished"
-        seconds = run.facts.get("seconds")
-        table.append([run.name, *flags.values(), *ious,
-                      "-" if seconds is None else f"{seconds:.1f}", cell(run.facts.get("started"))])
+        table.append([run.name, *flags.values(), *ious, run.seconds, run.started])
     return table
 
 

@@ -3,6 +3,7 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import os
 import shlex
 import signal
@@ -86,33 +87,38 @@ def append_log(out: Path, row: dict) -> None:
 
 
 def read_log(out: Path) -> list[dict]:
-    """Return the rows of log.jsonl, a dict with "step" for each step logged. Raises BadInput."""
+    """Return the rows of log.jsonl: step, loss and maybe val_iou of each log point. BadInput."""
     file = out / "log.jsonl"
     if not file.exists():
         return []
     with opened(file, 1 << 30) as handle:
         lines = handle.read().split(b"\n")[:-1]  # the last: cut short by a kill
-    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+    with contextlib.suppress(ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
         rows = [json.loads(line) for line in lines]
-        if all(type(row["step"]) is int for row in rows):
+        finite = all(math.isfinite(row["loss"] + row.get("val_iou", 0)) for row in rows)
+        if finite and all(type(row["step"]) is int for row in rows):
             return rows
-    raise BadInput(f"{file}: expected JSON with a step in each line; remove the damaged lines")
+    raise BadInput(f"{file}: expected JSON with a step and a loss in each line; remove the damaged "
+                   "lines")
 
 
 def find_end(rows: list[dict]) -> dict:
-    """Return the last step of a log of one row or more, its loss, and its val IoU, if it has one.
+    """Return the last step of a log, its loss, and its val IoU, if it validated; {} of no rows.
 
     Then also the best IoU and its step, the first of equals: the step that model.pt is from.
     """
-    end = {key: rows[-1][key] for key in ("step", "loss", "val_iou") if key in rows[-1]}
+    last = rows[-1] if rows else {}
+    end = {key: last[key] for key in ("step", "loss", "val_iou") if key in last}
     if "val_iou" in end:
-        best = max(rows, key=lambda row: row["val_iou"])
+        best = max(rows, key=lambda row: row.get("val_iou", -1))
         end |= {"best_step": best["step"], "best_val_iou": best["val_iou"]}
     return end
 
 
 def say_end(end: dict) -> str:
     """Say in words what `find_end` found."""
+    if not end:
+        return "its log has no lines"
     if "val_iou" not in end:
         return f"loss {end['loss']:.4f} at the last step"
     return (f"val IoU {end['best_val_iou']:.4f} at step {end['best_step']}, its best; "
