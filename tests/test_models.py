@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import ROOT, cut, random_masks, write_features
-from notebook import notebook_decoder
 
 import data
 import models
+from benchmarks.notebook import make_decoder
 from models import DECODERS
 from vos.inputs import BadInput
 from vos.layers import count_flops
@@ -51,7 +51,7 @@ def test_simple_is_the_notebooks_decoder(shape, size):
     features = torch.from_numpy(rng.standard_normal((4, *shape), dtype=np.float32))
     masks = random_masks(rng, 4, size) ^ (rng.random((4, *size)) < 0.05)
     torch.manual_seed(3)
-    notebook = notebook_decoder(shape[0], size)
+    notebook = make_decoder(shape[0], size)
     torch.manual_seed(3)
     simple = DECODERS["simple"]({"s32": shape}, size)
     pairs = list(zip(simple.conv.parameters(), notebook[0].parameters()))
