@@ -54,6 +54,16 @@ def rate(work: Callable, device: torch.device, seconds: float) -> float:
     return done / (time.perf_counter() - started)
 
 
+def measure_device(device: torch.device, side: int, seconds: float) -> tuple[float, float]:
+    """Return operations a second of a product of bfloat16 matrices, bytes a second of a copy."""
+    matrix = torch.randn(side, side, device=device).bfloat16()
+    block = torch.ones(64, side, 1024, device=device)
+    other = torch.empty_like(block)
+    products = rate(lambda: matrix @ matrix, device, seconds)
+    copies = rate(lambda: other.copy_(block), device, seconds)
+    return 2 * side**3 * products, 2 * block.nbytes * copies
+
+
 def make_step(decoder: models.Decoder, features: data.Features) -> Callable:
     """Return a function that takes a training step as train.py does, with targets made here."""
     targets = data.pool_masks(features, decoder.cells)
@@ -79,12 +89,7 @@ def main() -> None:
     side, count, batch = (1024, 32, 4) if device.type == "cpu" else (8192, 256, 32)
     torch.manual_seed(0)
 
-    # what the device can do
-    matrix = torch.ones(side, side, device=device).bfloat16()
-    block = torch.ones(64, side, 1024, device=device)
-    other = torch.empty_like(block)
-    product = 2 * side**3 * rate(lambda: matrix @ matrix, device, args.seconds)
-    bandwidth = 2 * block.nbytes * rate(lambda: other.copy_(block), device, args.seconds)
+    product, bandwidth = measure_device(device, side, args.seconds)
     name = getattr(torch.get_device_module(device), "get_device_name", str)(device)
     print(f"{peer.describe_machine()}; on {name} a copy moves {bandwidth / 1e9:,.0f} GB/s, a "
           f"product of bfloat16 matrices does {product / 1e12:,.2f} TFLOP/s\n\n| what | a second | "
@@ -92,13 +97,15 @@ def main() -> None:
 
     def show(what: str, work: Callable, each: int = 1) -> None:
         """Print a row: how many a second work() does, if it does `each` of them."""
+        counts = device.type not in ("cpu", "mps")  # or the memory is the process's, so far
+        if counts:
+            torch.accelerator.reset_peak_memory_stats(device)
         with FlopCounterMode(display=False) as flops, Traffic() as traffic:
             work()
         times = rate(work, device, args.seconds)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        if device.type not in ("cpu", "mps"):
+        if counts:
             peak = torch.accelerator.max_memory_allocated(device)
-            torch.accelerator.reset_peak_memory_stats(device)
         print(f"| {what} | {times * each:,.4g} | {times * traffic.total / bandwidth:.1%} | "
               f"{times * flops.get_total_flops() / product:.1%} | {peak / 1e9:.2f} |", flush=True)
 
@@ -120,7 +127,8 @@ def main() -> None:
         features = data.Features(list(own), maps, device, torch.arange(count), masks)
         decoder = models.make_decoder(name, own, size).to(device)
         show(f"steps of {name}", make_step(decoder.train(), features))
-        show(f"frames by {name}", functools.partial(train.validate, decoder, features), count)
+        work = functools.partial(train.validate, decoder, features)
+        show(f"frames predicted and scored by {name}", work, count)
 
     # the notebook's loop, its tensors on the device
     channels, *grid = shapes["alexnet"]["s32"]

@@ -82,7 +82,7 @@ def test_speed_prints_a_figure_for_everything(tmp_path):
     rows = rows_of(result.out)
     whats = ["frames featurized by alexnet", "frames featurized by efficientnet_lite0"]
     for name in ("simple", "linear", "fpn", "temporal"):
-        whats += [f"steps of {name}", f"frames by {name}"]
+        whats += [f"steps of {name}", f"frames predicted and scored by {name}"]
     assert [row.partition(" in ")[0] for row in rows] == [*whats, "steps of the notebook"]
     for name, cells in rows.items():
         (figure,), (moved,), _, (memory,) = cells
