@@ -70,7 +70,7 @@ def train(decoder: nn.Module, optimizer, batches: Iterable, steps: int) -> list[
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses.append(loss.detach())
+            losses.append(loss.detach().clone())  # itself it keeps the memory of every pixel
     return torch.stack(losses).tolist()
 
 
