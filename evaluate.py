@@ -39,14 +39,17 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--data", help="frames, a video or wandb:... to featurize on the fly; "
                        "beside --features, where their frames are now")
     group.add_argument("--split", help="the split of a DAVIS root in --data")
-    group.add_argument("--masks", type=Path, help="masks of --data by clip and frame name")
+    group.add_argument("--masks", type=Path, help="masks drawn of some frames, by clip and frame "
+                       "name, to adapt to and to keep; beside --predictions, to score with")
+    group.add_argument("--labels", type=cli.count(1000), metavar="K", help="take K annotations of "
+                       "each clip, spread over it, as if drawn; they are not scored")
     group.add_argument("--predictions", help="score this folder of mask PNGs instead: "
                        "<clip>/<frame>.png, or one a frame in order; or wandb:...")
     group.add_argument("--weights", help="the featurizer's, for --data (default: pretrained)")
     group.add_argument("--resident", choices=["device", "disk"],
                        help="where features are kept (default: on the device, if they fit)")
     group.add_argument("--adapt", type=cli.count(10**6, least=0), metavar="STEPS",
-                       help="to train on a clip's own sure predictions (default: the decoder's)")
+                       help="to train on each clip (default: the decoder's)")
     group.add_argument("--refine", choices=["guided", "none"],
                        help="upsample masks along the frames' edges (default: the decoder's)")
     group = parser.add_argument_group("results")
@@ -63,84 +66,189 @@ def parse_args() -> argparse.Namespace:
     if not (args.predictions and args.data) and not (args.model and (args.features or args.data)):
         raise BadInput("--model: expected with --features or --data; or --predictions with --data")
     useless = {
-        "predictions": ["model", "features", "weights", "resident", "adapt", "refine"],
-        "features": ["split", "masks", "weights"], "data": ["resident"]}
-    source = next(name for name in useless if getattr(args, name))
-    for flag in useless[source]:
-        if getattr(args, flag) is not None:
-            raise BadInput(f"--{flag}: has no effect beside --{source}; leave it out")
+        "predictions": ["model", "features", "weights", "resident", "adapt", "refine", "labels"],
+        "features": ["split", "weights"], "masks": ["labels"]}
+    for source in [name for name in useless if getattr(args, name)]:
+        for flag in useless[source]:
+            if getattr(args, flag) is not None:
+                raise BadInput(f"--{flag}: has no effect beside --{source}; leave it out")
     return args
 
 
-def featurize(source: sources.Source, model_path: Path, model: dict, weights: str | None,
-              device: torch.device, threads: int) -> tuple[models.Decoder, data.Features]:
-    """Return the decoder and features for frames made about as large as its training frames."""
+def open_decoders(path: Path) -> tuple[dict[str, Path], dict]:
+    """Return the model file of each clip, "" for all others, and what the models say of themselves.
+
+    A run of several folds has one for each clip: the last of the training that held it out.
+    """
+    folds = sorted(path.glob("fold-*/checkpoints"))
+    if not folds:
+        return {"": path}, models.load_model(path)[1]
+    files: dict[str, Path] = {}
+    for fold in folds:
+        file = max(fold.glob("model-*.pt"))
+        model = models.load_model(file)[1]
+        for clip in model["held_out"]:
+            if clip in files:
+                raise BadInput(f"{path}: {files[clip]} and {file} both held out {clip}; expected "
+                               "one training for each clip; pass one of them")
+            files[clip] = file
+    return files, model
+
+
+def keep_features(place: Path, source: sources.Source, root: Path, model: dict,
+                  args: argparse.Namespace, device: torch.device, threads: int) -> None:
+    """Write features of frames, made about as large as the model's were, unless they are there."""
     height, width = source.sizes[0]
     scale = math.sqrt(math.prod(model["size"]) / (height * width))
     size = round(height * scale), round(width * scale)
-    featurizer = featurizers.build_featurizer(model["featurizer"], list(model["shapes"]), weights,
-                                              "auto", device)
+    featurizer = featurizers.build_featurizer(model["featurizer"], list(model["shapes"]),
+                                              args.weights, "auto", device)
     if featurizer.digest != model["weights"]:
-        raise BadInput(f"{model_path}: was trained on features of other {model['featurizer']} "
+        raise BadInput(f"{args.model}: was trained on features of other {model['featurizer']} "
                        "weights; pass the same --weights as to featurize.py")
-    shapes = {level: (c, h, w) for level, (c, h, w) in featurizer.shapes(size).items()}
-    decoder = models.load_model(model_path, size, shapes)[0]
-    cli.say(f"featurizing {len(source.frames)} frames at {size[1]} x {size[0]}")
+    frames = [frame._replace(annotation=None) for frame in source.frames]
+    cues = models.DECODERS[model["decoder"]].cues > 0
+    plan = sources.plan_features(source._replace(frames=frames, meaning=None), root, featurizer,
+                                 size, cues, split=args.split)
+    if sources.is_fresh(place, plan):
+        print(f"takes the features that are in {place}")
+        return
+    cli.say(f"featurizing {len(frames)} frames at {size[1]} x {size[0]} into {place}, for the next "
+            "time too")
+    sources.write_features(place, plan, featurizer, device, threads, args.overwrite, [root])
 
-    ranges = sources.clip_ranges(source.frames)
-    parts = sources.featurize_clips(featurizer, source.frames, ranges, size,
-                                    "float16", decoder.cues > 0, device, threads)
-    levels = [torch.cat(level).to(device) for level in zip(*parts)]
-    return decoder, data.Features(list(shapes), levels, device, torch.arange(len(source.frames)))
+
+def part_drawn(source: sources.Source, masks: Path | None, labels: int | None,
+               threads: int) -> tuple[sources.Source, sources.Source]:
+    """Return the source without, and with only, the masks that are given and not to be scored.
+
+    masks: a folder of them; labels: so many of each clip's annotations, spread over it.
+    """
+    if masks:
+        frames = clips.pair_masks(source.frames, masks)
+        clips.check_frames(frames, threads)
+        meaning = clips.decide_meaning([frame.annotation for frame in frames], threads)
+        drawn = source._replace(frames=frames, meaning=meaning, masks=None)
+    else:
+        if labels and not source.annotated:
+            raise BadInput(f"--labels {labels}: the data has no annotations; pass --masks")
+        chosen: set[int] = set()
+        for run in sources.clip_ranges(source.frames) if labels else []:
+            there = [row for row in range(*run) if source.frames[row].annotation]
+            places = np.linspace(0, len(there) - 1, labels).round().astype(int)
+            chosen.update(there[place] for place in places[:len(there)])
+        drawn = source._replace(frames=[
+            frame if row in chosen else frame._replace(annotation=None)
+            for row, frame in enumerate(source.frames)])
+    left = [own._replace(annotation=None) if given.annotation else own
+            for own, given in zip(source.frames, drawn.frames)]
+    return source._replace(frames=left), drawn
 
 
-def predict_clips(decoder: models.Decoder, features: data.Features, frames: list[clips.Frame],
-                  shown: Iterator[np.ndarray] | None) -> Iterator[np.ndarray]:
-    """Yield each frame's mask, uint8 [H, W]; the decoder is adapted to each clip if it asks."""
-    for first, stop in sources.clip_ranges(frames):
+def predict_clips(files: dict[str, Path], features: data.Features, source: sources.Source,
+                  drawn: sources.Source, shown: Iterator[np.ndarray] | None, adapts: int | None,
+                  doubts: dict[int, float]) -> Iterator[np.ndarray]:
+    """Yield each frame's mask, uint8 [H, W]: as drawn, or by the clip's decoder adapted to it.
+
+    Fills `doubts`: frame -> unsure pixels for each one of the object, of frames not drawn.
+    """
+    shapes = {level: features.folder.shapes[level] for level in features.names}
+    for first, stop in sources.clip_ranges(source.frames):
         index = torch.arange(first, stop)
-        tuned = adapt(decoder, features, index) if decoder.adapt_steps else decoder
-        for pixels in models.predict(tuned, features, index, 16, shown):
-            yield pixels.cpu().numpy()
+        given = [row for row in range(first, stop) if drawn.frames[row].annotation]
+        file = files.get(source.frames[first].clip) or files[""]
+        decoder = models.load_model(file, features.folder.size, shapes)[0].to(features.device)
+        tuned = adapt_to_clip(decoder, features, index, given, drawn, adapts)
+        for row, pixels in enumerate(models.predict(tuned, features, index, 16, shown), first):
+            mask = drawn.mask(row)
+            if mask is None:
+                unsure = ((pixels > 25) & (pixels < 230)).sum() / (pixels > 127).sum().clamp_min(1)
+                doubts[row] = float(unsure)
+            yield pixels.cpu().numpy() if mask is None else mask * np.uint8(255)
 
 
-def choose_masks(args: argparse.Namespace, decoder: models.Decoder) -> bool:
-    """Apply --adapt to a decoder; return whether masks follow the frames' edges."""
+def adapt_to_clip(decoder: models.Decoder, features: data.Features, index: torch.Tensor,
+                  given: list[int], drawn: sources.Source, steps: int | None) -> models.Decoder:
+    """Return the decoder adapted to a clip, rows `index`, of which the rows `given` are drawn."""
+    steps = (decoder.drawn_steps if given else decoder.adapt_steps) if steps is None else steps
+    if not steps:
+        return decoder
+    masks = np.zeros((len(given), *decoder.size), bool)
+    for mask, row in zip(masks, given):
+        mask[:] = clips.resize(drawn.mask(row), decoder.size)
+    packed = torch.from_numpy(np.packbits(masks, axis=2))
+    alone = data.Features([], [], features.device, torch.arange(len(given)), packed)
+    targets = data.pool_masks(alone, decoder.cells)
+    return adapt(decoder, features, index, torch.tensor(given, dtype=torch.long), targets, steps)
+
+
+def check_flags(args: argparse.Namespace, decoder: models.Decoder) -> bool:
+    """Check --adapt, --refine and masks for a decoder; return if masks follow frames' edges."""
     name = type(decoder).__name__
-    if args.adapt and not decoder.adapt_steps:
+    if args.adapt and not (decoder.adapt_steps or args.masks or args.labels):
         raise BadInput(f"--adapt {args.adapt}: {name} is not made to be adapted; leave it out")
-    if args.refine == "guided" and decoder.returns != "logits":
-        raise BadInput(f"--refine guided: needs logits, and {name} returns {decoder.returns}")
-    decoder.adapt_steps = decoder.adapt_steps if args.adapt is None else args.adapt
+    if decoder.returns != "logits":
+        for flag in ("refine", "masks", "labels"):
+            if getattr(args, flag) not in (None, "none"):
+                raise BadInput(f"--{flag} {getattr(args, flag)}: needs logits, and {name} returns "
+                               f"{decoder.returns}; leave it out")
     return decoder.guided if args.refine is None else args.refine == "guided"
 
 
 def open_model(args: argparse.Namespace, path: Path, folder_path: Path | None, root: Path | None,
-               device: torch.device, threads: int):
-    """Return what --model predicts: the source, its masks one by one, and metadata.json."""
-    decoder, model = models.load_model(path)
-    guided = choose_masks(args, decoder)
+               out: Path, device: torch.device, threads: int):
+    """Return what --model predicts: the source, its masks one by one, doubts, metadata.json."""
+    files, model = open_decoders(path)
+    decoder = models.load_model(next(iter(files.values())))[0]
+    guided, cues = check_flags(args, decoder), decoder.cues > 0
     if folder_path:
         folder = data.open_features(folder_path)
-        folder.check_fit(model, args.model, decoder.cues > 0)
-        features = data.load_features(folder, list(model["shapes"]), decoder.cues > 0, device,
-                                      args.resident, labelled=False)
-        pictures = guided or not args.no_pictures
-        source = sources.open_folder(folder, root, pictures, features.masks, threads)
+        folder.check_fit(model, args.model, cues)
+        source = sources.open_folder(folder, root, guided or not args.no_pictures, threads)
     else:
-        source = sources.open_frames(root, args.split, args.masks, threads)
-        decoder, features = featurize(source, path, model, args.weights, device, threads)
-        choose_masks(args, decoder)
+        source = sources.open_frames(root, args.split, None, threads)
+    names = {frame.clip for frame in source.frames}
+    for clip in sorted(names - files.keys()) if "" not in files else []:
+        raise BadInput(f"{path}: no fold held out the clip {clip}; expected one for each clip")
+    seen = names & set(model["clips"]) if "" in files else set()
+    if seen and source.annotated:
+        print(f"note: trained on {len(seen)} of these {len(names)} clips; their scores say little")
+    source, drawn = part_drawn(source, args.masks, args.labels, threads)
 
+    if not folder_path:
+        folder_path = out.with_name(f"{out.name}-features")
+        keep_features(folder_path, source, root, model, args, device, threads)
+        folder = data.open_features(folder_path)
+    shapes = {level: folder.shapes[level] for level in model["shapes"]}
+    features = data.load_features(folder, list(shapes), cues, device, args.resident, labelled=False)
+    if folder_path and source.meaning is None:
+        source, drawn = (part._replace(masks=features.masks) for part in (source, drawn))
+
+    doubts: dict[int, float] = {}
     shown = clips.read_images(source.frames, threads) if guided else None
-    own = sum(weight.numel() for weight in decoder.to(device).parameters())
+    masks = predict_clips(files, features, source, drawn, shown, args.adapt, doubts)
+    decoder = models.load_model(next(iter(files.values())), folder.size, shapes)[0].to(device)
+    own = sum(weight.numel() for weight in decoder.parameters())
     flops = count_flops(decoder, features.batch(torch.tensor([0])))
     metadata = {
         "nparams": own + model["featurizer_parameters"], "decoder": model["decoder"],
         "featurizer": model["featurizer"], "flops_per_frame": flops + model["featurizer_flops"],
         "frames": len(source.frames), "annotated": source.annotated, "size": source.sizes[0],
         "sizes": source.sizes if len(set(source.sizes)) > 1 else None}
-    return source, predict_clips(decoder, features, source.frames, shown), metadata
+    return source, masks, doubts, metadata
+
+
+def ask_for_mask(args: argparse.Namespace, out: Path, frame: clips.Frame, several: bool) -> None:
+    """Print the commands by which the frame least sure of gets drawn, and all goes on from it."""
+    masks = args.masks or Path("drawn")
+    folder = masks / frame.clip if several else masks
+    again = sys.argv[1:] + ["--masks", str(masks)] * (not args.masks)
+    again += ["--overwrite"] * (not args.overwrite)
+    cli.say(f"least sure of frame {frame.name} of {frame.clip}: correct its mask in any editor, by "
+            f"the frame beside it in {out / 'draw'}")
+    start = shlex.join(["cp", f"{out}/draw/{frame.name}.png", str(folder)])
+    cli.say(f"next: mkdir -p {shlex.quote(str(folder))} && {start}")
+    cli.say(f"then: python {shlex.join(['evaluate.py', *again])}")
 
 
 def main() -> None:
@@ -166,6 +274,7 @@ def main() -> None:
     inputs = [path for path in (scored, folder, root, args.masks) if path]
     check_output(out, "results", args.overwrite, inputs)
     files, meaning = None, {"grey": "above 127"}  # of our own outputs
+    doubts: dict[int, float] = {}
     if args.predictions:
         source = sources.open_frames(root, args.split, args.masks, threads)
         if not source.annotated:
@@ -175,7 +284,9 @@ def main() -> None:
         masks = (clips.read_mask(file, meaning) * np.uint8(255) for file in files)
         metadata = {"predictions": given, "meaning": meaning, "frames": len(files)}
     else:
-        source, masks, metadata = open_model(args, scored, folder, root, device, threads)
+        source, masks, doubts, metadata = open_model(args, scored, folder, root, out, device,
+                                                     threads)
+    own_clip = bool(args.data and not args.features and not source.annotated)
 
     # predict, write, score, draw
     command = f"python {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}"
@@ -188,6 +299,9 @@ def main() -> None:
         write_json(place / "metadata.json", metadata)
         scores = results.write_scores(place, rows, args.protocol)
         files = files or [place / f"outputs/{row['index']:05d}.png" for row in rows]
+        unsure = max(doubts, key=lambda row: doubts[row]) if doubts else 0
+        if doubts and (args.masks or own_clip):
+            results.write_unsure(place / "draw", source.frames[unsure], files[unsure], meaning)
         if not args.no_pictures:
             facts, curve = metadata | {"command": command}, scored / "curves.svg"
             results.write_pictures(place, name, source, files, meaning, rows, scores, facts,
@@ -205,7 +319,9 @@ def main() -> None:
     print(f"seconds: predict, write and score {seconds:.3f} ({len(rows) / seconds:,.0f} frames/s)")
     look = "" if args.no_pictures else f"; open {out / 'report.html'}"
     cli.say(f"wrote {out}: {len(rows)} frames{look}")
-    if not args.predictions:
+    if doubts and (args.masks or own_clip):
+        ask_for_mask(args, out, source.frames[unsure], len({row["clip"] for row in rows}) > 1)
+    elif not args.predictions:
         cli.say(f"next: python package.py --results {shlex.quote(str(out))}")
 
 

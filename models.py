@@ -58,7 +58,8 @@ class Decoder(nn.Module):
     cues = 0  # channels that the clip's cues add beside each level; 0 to see frames one by one
     views = 1  # 2 to average the logits of a frame and its mirror image when predicting
     guided = True  # whether evaluate.py upsamples the logits along the frame's edges
-    adapt_steps = 0  # steps that evaluate.py trains it on each clip's own confident predictions
+    adapt_steps = 0  # steps that evaluate.py trains it on each clip's own sure predictions
+    drawn_steps = 120  # and on them and on masks drawn of the clip
     area: torch.Tensor
 
     def __init__(self, grid: tuple[int, int], size: tuple[int, int], cells=None):

@@ -46,11 +46,12 @@ def test_adapting_changes_a_copy_and_repeats_itself(tmp_path):
     write_features(tmp_path / "f", {"cat": 9}, cued=True)
     features = data.load_features(data.open_features(tmp_path / "f"), cues=True)
     decoder = models.Temporal(features.folder.shapes, features.folder.size).eval()
-    decoder.adapt_steps = 5
     with torch.no_grad():
         decoder.output.weight.mul_(40)  # sure of itself somewhere
     before = {key: value.clone() for key, value in decoder.state_dict().items()}
-    tuned, again = (refine.adapt(decoder, features, features.index) for _ in range(2))
+    drawn, targets = torch.tensor([3]), torch.rand(1, *decoder.grid)
+    tuned, again = (refine.adapt(decoder, features, features.index, drawn, targets, 5)
+                    for _ in range(2))
     tuned, again = tuned.state_dict(), again.state_dict()
     for key, value in decoder.state_dict().items():
         assert torch.equal(value, before[key]) and torch.equal(tuned[key], again[key])

@@ -13,27 +13,47 @@ EPSILON = 1e-5  # colours (0..1) that vary by less, squared, do not count as an 
 LIMIT = 4.0  # logits beyond this are sure enough
 
 
-def adapt(decoder, features, index: torch.Tensor):
-    """Return a copy trained a little on its own confident predictions for a clip, rows `index`."""
-    tuned = copy.deepcopy(decoder).train()
-    vars(tuned).update(hide=0.0, lose=0.0)  # hides no cues or features; still drops components
-    optimizer = torch.optim.AdamW(tuned.parameters(), 5e-4, weight_decay=0.01, fused=True)
-    with torch.no_grad():
-        logits = [decoder(features.batch(part)).float() for part in index.split(16)]
-    probability = torch.sigmoid(torch.cat(logits))  # [n, gh, gw]
-    target = (probability > 0.5).float()
-    sure = ((probability > 0.8) | (probability < 0.2)).float()
+def adapt(decoder, features, index: torch.Tensor, drawn: torch.Tensor, targets: torch.Tensor,
+          steps: int):
+    """Return a copy trained on one clip, whose rows of `features` are `index`, int64 [n].
 
-    for step in range(decoder.adapt_steps):
+    It learns from the positions that it is sure of and, where some rows are `drawn`, int64 [m],
+    from their masks: the share of foreground in each cell, `targets` [m, gh, gw].
+    """
+    rounds, guessed, rate = (2, 6, 2e-3) if len(drawn) else (1, 8, 5e-4)
+    tuned = copy.deepcopy(decoder)
+    vars(tuned).update(hide=0.0, lose=0.0)  # hides no cues or features; still drops components
+    optimizer = torch.optim.AdamW(tuned.parameters(), rate, weight_decay=0.01, fused=True)
+
+    for step in range(steps):
+        if step % -(-steps // rounds) == 0:  # a round learns from what the last made of the clip
+            probability = torch.sigmoid(look(tuned, features, index))  # [n, gh, gw]
+            target = (probability > 0.5).float()
+            sure = ((probability > 0.8) | (probability < 0.2)).float()
+            tuned.train()
+
         torch.manual_seed(step)
-        chosen = torch.randperm(len(index))[:8]
-        output = tuned(features.batch(index[chosen]))
-        chosen = chosen.to(output.device)
-        loss = F.binary_cross_entropy_with_logits(output, target[chosen], reduction="none")
+        chosen = torch.randperm(len(index))[:guessed]
+        given = torch.randperm(len(drawn))[:2]
+        output = tuned(features.batch(torch.cat([index[chosen], drawn[given]])))
+        guesses, shown = output.split([len(chosen), len(given)])
+        loss = F.binary_cross_entropy_with_logits(guesses, target[chosen], reduction="none")
+        loss = (loss * sure[chosen]).mean()
+        if len(drawn):
+            loss = loss / 2 + decoder.loss(shown, targets[given]).mean()
+            for group in optimizer.param_groups:
+                group["lr"] = rate * (1 - step / steps)
         optimizer.zero_grad()
-        (loss * sure[chosen]).mean().backward()
+        loss.backward()
         optimizer.step()
     return tuned.eval()
+
+
+@torch.no_grad()
+def look(decoder, features, index: torch.Tensor) -> torch.Tensor:
+    """Return the logits of rows `index`, float32 [n, gh, gw]."""
+    decoder.eval()
+    return torch.cat([decoder(features.batch(part)).float() for part in index.split(16)])
 
 
 def guided_probabilities(logits: torch.Tensor, frame: torch.Tensor) -> torch.Tensor:

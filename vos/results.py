@@ -80,6 +80,13 @@ def write_pictures(out: Path, name: str, source: Source, files: list[Path], mean
                  lambda index: next(draw(index, index + 1)), facts, videos, drawn)
 
 
+def write_unsure(out: Path, frame: clips.Frame, file: Path, meaning: dict[str, str]) -> None:
+    """Write a frame and its mask side by side in `out`: what to start from to draw it by hand."""
+    out.mkdir()
+    write_image(out / f"{frame.name}.jpg", next(clips.read_images([frame])))
+    write_image(out / f"{frame.name}.png", clips.read_mask(file, meaning) * np.uint8(255))
+
+
 def write_report(path: Path, title: str, scores: dict | None, rows: Sequence[dict],
                  picture: Callable[[int], np.ndarray], facts: dict[str, object],
                  videos: Sequence[str] = (), curve: str | None = None) -> None:
