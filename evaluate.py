@@ -210,7 +210,7 @@ def open_model(args: argparse.Namespace, path: Path, folder_path: Path | None, r
     names = {frame.clip for frame in source.frames}
     for clip in sorted(names - files.keys()) if "" not in files else []:
         raise BadInput(f"{path}: no fold held out the clip {clip}; expected one for each clip")
-    seen = names & set(model["clips"]) if "" in files else set()
+    seen = names & set(model.get("clips", [])) if "" in files else set()
     if seen and source.annotated:
         print(f"note: trained on {len(seen)} of these {len(names)} clips; their scores say little")
     source, drawn = part_drawn(source, args.masks, args.labels, threads)
@@ -221,8 +221,8 @@ def open_model(args: argparse.Namespace, path: Path, folder_path: Path | None, r
         folder = data.open_features(folder_path)
     shapes = {level: folder.shapes[level] for level in model["shapes"]}
     features = data.load_features(folder, list(shapes), cues, device, args.resident, labelled=False)
-    if folder_path and source.meaning is None:
-        source, drawn = (part._replace(masks=features.masks) for part in (source, drawn))
+    source, drawn = (part if part.meaning else part._replace(masks=features.masks)
+                     for part in (source, drawn))
 
     doubts: dict[int, float] = {}
     shown = clips.read_images(source.frames, threads) if guided else None
@@ -234,7 +234,8 @@ def open_model(args: argparse.Namespace, path: Path, folder_path: Path | None, r
         "nparams": own + model["featurizer_parameters"], "decoder": model["decoder"],
         "featurizer": model["featurizer"], "flops_per_frame": flops + model["featurizer_flops"],
         "frames": len(source.frames), "annotated": source.annotated, "size": source.sizes[0],
-        "sizes": source.sizes if len(set(source.sizes)) > 1 else None}
+        "sizes": source.sizes if len(set(source.sizes)) > 1 else None,
+        "val_iou": model.get("val_iou")}
     return source, masks, doubts, metadata
 
 
@@ -316,6 +317,9 @@ def main() -> None:
         for clip, row in [*scores["per_clip"].items(), ("all", scores)]:
             cells = ["-" if row[key] is None else f"{row[key]:.4f}" for key in MEASURES]
             print(f"{clip:<24}{row['frames']:>10}" + "".join(f"{cell:>10}" for cell in cells))
+        if metadata.get("val_iou") is not None:
+            print(f"train.py's val IoU was {metadata['val_iou']:.4f}: on its validation clips, at the "
+                  "featurizer's size, not adapted to clips, not along the frames' edges")
     print(f"seconds: predict, write and score {seconds:.3f} ({len(rows) / seconds:,.0f} frames/s)")
     look = "" if args.no_pictures else f"; open {out / 'report.html'}"
     cli.say(f"wrote {out}: {len(rows)} frames{look}")

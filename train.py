@@ -200,7 +200,7 @@ def save(out: Path, row: dict, decoder: Decoder, training: data.Features,
          validation: data.Features | None, facts: dict, is_best: bool, draw: bool, tracker) -> None:
     """Write what a log point leaves: a checkpoint, a line of the log, a picture."""
     step = row["step"]
-    description = models.describe(decoder, training.folder, training.names) | facts | {"step": step}
+    description = models.describe(decoder, training.folder, training.names) | facts | row
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)
     models.save_model(out / f"checkpoints/model-{step:08d}.pt", description, decoder)
     if is_best:

@@ -98,7 +98,7 @@ def test_after_a_kill_at_any_write_the_next_run_ends_as_if_there_was_none(name, 
         same(name, out, whole)
         shutil.rmtree(out)
     assert kills >= 3
-    assert name != "featurize" or "going on from an earlier run: 1 of 2 clips are there" in said
+    assert name != "featurize" or "going on from an earlier run: 1 of 2 parts are there" in said
 
 
 @pytest.mark.parametrize("name", ["featurize", "evaluate"])

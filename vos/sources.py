@@ -19,6 +19,8 @@ from vos.layers import count_flops
 from vos.outputs import beside, new_folder, write_json
 from vos.video import VIDEOS
 
+WINDOW = 256  # frames that are featurized, and whose cues are found, at a time
+
 
 class Source(NamedTuple):
     """Frames, and the masks to train on or score with."""
@@ -184,12 +186,12 @@ def write_arrays(place: Path, plan: Plan, featurizer: featurizers.Featurizer, de
                         os.posix_fallocate(handle.fileno(), 0, array.offset + array.nbytes)
     group.wait()
 
-    ranges = clip_ranges(rows)
+    ranges = list(itertools.chain(*map(windows, clip_ranges(rows))))
     notes = place / "unfinished"
     done = {line for file in notes.glob("*.txt") for line in file.read_text().split()}
     todo = [run for run in ranges[group.rank::group.size] if str(run[0]) not in done]
     if done and group.main:
-        print(f"going on from an earlier run: {len(done)} of {len(ranges)} clips are there")
+        print(f"going on from an earlier run: {len(done)} of {len(ranges)} parts are there")
     names = [array_name(level, meta["levels"]) for level in meta["levels"]]
     names += [f"cues.{level}.npy" for level in meta["levels"] if meta["cues"]]
     made = featurize_clips(featurizer, rows, todo, meta["size"], meta["dtype"],
@@ -208,6 +210,13 @@ def write_arrays(place: Path, plan: Plan, featurizer: featurizers.Featurizer, de
             mapped.flush()
         with open(notes / f"{group.rank}.txt", "a", encoding="ascii") as file:
             file.write(f"{first}\n")
+
+
+def windows(run: tuple[int, int]) -> list[tuple[int, int]]:
+    """Part a run of frames evenly where it is long: memory then does not grow with a clip."""
+    first, stop = run
+    bounds = np.linspace(first, stop, 1 + -(-(stop - first) // WINDOW)).round().astype(int)
+    return list(itertools.pairwise(bounds.tolist()))
 
 
 def featurize_clips(featurizer: featurizers.Featurizer, frames: list[clips.Frame],

@@ -1,0 +1,93 @@
+"""A video of one's own: no mask drawn, one, and then the frame that is proposed."""
+import json
+import re
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+from helpers import call, ok, refuses, tree
+
+from vos.sample import make_clip
+
+LEVELS = ("--levels", "s4,s8,s16", "--cues", "--compute", "float32", "--threads", 1)
+FRAMES = 12
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Clips to train on, a decoder trained a little, and a video with its true masks."""
+    root = tmp_path_factory.mktemp("labels")
+    ok(call("vos.sample", "--out", root / "davis", "--size", "96x160", "--frames", 8))
+    ok(call("featurize", "--data", root / "davis", "--split", "train", *LEVELS, "--out",
+            root / "train"))
+    ok(call("train", "--features", root / "train", "--decoder", "temporal", "--steps", 25,
+            "--threads", 1, "--no-pictures", "--out", root / "run"))
+    frames, masks = make_clip(7003, FRAMES, 96, 160)
+    iio.imwrite(root / "walk.gif", list(frames))
+    (root / "truth").mkdir()
+    for index, mask in enumerate(masks):
+        iio.imwrite(root / f"truth/{index:05d}.png", mask * np.uint8(255))
+    return root
+
+
+def test_each_mask_drawn_makes_the_others_better(world, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    model = ("--data", world / "walk.gif", "--model", world / "run", "--threads", 1)
+    (tmp_path / "drawn").mkdir()
+    said, scores, proposed = ok(call("evaluate", *model, "--out", "walk")).out, [], None
+    for _ in range(3):
+        ok(call("evaluate", "--predictions", "walk", "--data", world / "walk.gif", "--masks",
+                world / "truth", "--no-pictures", "--out", "score", "--overwrite"))
+        scores.append(json.loads((tmp_path / "score/scores.json").read_text())["mean_iou"])
+        for drawn in (tmp_path / "drawn").iterdir():  # is kept as it was drawn
+            kept = iio.imread(tmp_path / "walk/outputs" / drawn.name)
+            assert np.array_equal(kept, iio.imread(world / "truth" / drawn.name))
+
+        proposed = re.search(r"cp (walk/draw/(\d+)\.png) drawn", said)
+        mask = iio.imread(tmp_path / proposed[1])
+        assert set(np.unique(mask)) <= {0, 255} and mask.shape == (96, 160)
+        assert iio.imread((tmp_path / proposed[1]).with_suffix(".jpg")).shape == (96, 160, 3)
+        assert not (tmp_path / f"drawn/{proposed[2]}.png").exists()
+        iio.imwrite(tmp_path / f"drawn/{proposed[2]}.png",
+                    iio.imread(world / f"truth/{proposed[2]}.png"))
+        again = re.search("then: python evaluate.py (.*)", said)[1].split()
+        said = ok(call("evaluate", *again)).out
+        assert "takes the features that are in walk-features" in said
+    assert scores[0] < scores[1] < scores[2], scores
+
+
+def test_annotations_given_as_if_drawn_are_not_scored(world, tmp_path):
+    flags = ("--model", world / "run", "--features", world / "train", "--no-pictures", "--adapt", 2,
+             "--threads", 1, "--refine", "none")
+    ok(call("evaluate", *flags, "--labels", 2, "--out", tmp_path / "two"))
+    scores = json.loads((tmp_path / "two/scores.json").read_text())
+    assert {row["frames"] for row in scores["per_clip"].values()} == {6}
+    rows = (tmp_path / "two/frames.csv").read_text().splitlines()[1:9]
+    assert rows[0].endswith(",,,") and rows[7].endswith(",,,") and not rows[3].endswith(",,,")
+
+
+def test_each_clip_is_predicted_by_the_fold_that_held_it_out(world, tmp_path):
+    ok(call("train", "--features", world / "train", "--decoder", "linear", "--folds", 2, "--steps",
+            4, "--lr", 0.05, "--threads", 1, "--no-pictures", "--out", tmp_path / "folds"))
+    flags = ("--features", world / "train", "--no-pictures", "--threads", 1)
+    ok(call("evaluate", "--model", tmp_path / "folds", *flags, "--out", tmp_path / "all"))
+    whole = tree(tmp_path / "all/outputs")
+    summary = json.loads((tmp_path / "folds/summary.json").read_text())["trainings"]
+    rows = (tmp_path / "all/frames.csv").read_text().splitlines()[1:]
+    for fold in ("fold-0", "fold-1"):
+        last = max((tmp_path / "folds" / fold / "checkpoints").iterdir())
+        said = ok(call("evaluate", "--model", last, *flags, "--out", tmp_path / fold)).out
+        assert "note: trained on 4 of these 8 clips" in said
+        own = tree(tmp_path / fold / "outputs")
+        for row in rows:
+            index, clip = row.split(",")[:2]
+            name = f"{int(index):05d}.png"
+            assert (own[name] == whole[name]) == (clip in summary[fold]["held_out"])
+
+
+def test_masks_that_fit_no_frame_or_decoder_are_refused(world, tmp_path):
+    (tmp_path / "drawn").mkdir()
+    iio.imwrite(tmp_path / "drawn/00099.png", np.zeros((96, 160), np.uint8))
+    flags = ("--model", world / "run", "--data", world / "walk.gif", "--masks", tmp_path / "drawn")
+    refuses("evaluate", *flags, "--out", tmp_path / "r", names=["00099.png", "fits no frame"],
+            untouched=tmp_path)
