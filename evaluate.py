@@ -318,8 +318,8 @@ def main() -> None:
             cells = ["-" if row[key] is None else f"{row[key]:.4f}" for key in MEASURES]
             print(f"{clip:<24}{row['frames']:>10}" + "".join(f"{cell:>10}" for cell in cells))
         if metadata.get("val_iou") is not None:
-            print(f"train.py's val IoU was {metadata['val_iou']:.4f}: on its validation clips, at the "
-                  "featurizer's size, not adapted to clips, not along the frames' edges")
+            print(f"train.py's val IoU was {metadata['val_iou']:.4f}: on its validation clips, at "
+                  "the featurizer's size, not adapted to clips, not along the frames' edges")
     print(f"seconds: predict, write and score {seconds:.3f} ({len(rows) / seconds:,.0f} frames/s)")
     look = "" if args.no_pictures else f"; open {out / 'report.html'}"
     cli.say(f"wrote {out}: {len(rows)} frames{look}")
