@@ -257,9 +257,7 @@ def next_command(args: argparse.Namespace, out: Path, folder: data.FeatureFolder
     command += ["--features", args.val_features or args.features]
     if not Path(folder.meta["data"]).exists():  # without frames there are no pictures
         command += ["--no-pictures", "--refine", "none"]
-    if args.overwrite:  # this run's earlier results are then there too
-        command.append("--overwrite")
-    return shlex.join(command)
+    return shlex.join(command + ["--overwrite"] * args.overwrite)  # earlier results are there too
 
 
 def main() -> None:

@@ -223,7 +223,8 @@ def featurize_clips(featurizer: featurizers.Featurizer, frames: list[clips.Frame
                     ranges: list[tuple[int, int]], size: tuple[int, int], dtype: str,
                     with_cues: bool, device: torch.device, threads: int) -> Iterator[list]:
     """Yield the levels of each range, [T, C, h, w] in host memory, then their cues, if wanted."""
-    batch = 4 if device.type == "cpu" else 32
+    most = 4 if device.type == "cpu" else 32  # frames at a time, fewer of large ones
+    batch = max(1, min(most, most * 480 * 854 // math.prod(size)))
     chosen = [frames[row] for first, stop in ranges for row in range(first, stop)]
     shown = iter(cli.progress(clips.read_images(chosen, threads), "featurize", len(chosen)))
     for first, stop in ranges:
@@ -231,18 +232,10 @@ def featurize_clips(featurizer: featurizers.Featurizer, frames: list[clips.Frame
         for start in range(first, stop, batch):
             images = itertools.islice(shown, min(batch, stop - start))
             resized = np.stack([clips.resize(image, size) for image in images])  # [B, H, W, 3]
-            waiting = [torch.from_numpy(resized).to(device).permute(0, 3, 1, 2)]  # channels last
-            while waiting:
-                pixels = waiting.pop(0)
-                try:
-                    with torch.inference_mode():
-                        maps = featurizer(pixels)
-                except torch.OutOfMemoryError:
-                    if len(pixels) == 1:
-                        raise
-                    waiting[:0] = pixels.chunk(2)
-                    continue
-                parts.append([level.to("cpu", getattr(torch, dtype)) for level in maps])
+            pixels = torch.from_numpy(resized).to(device).permute(0, 3, 1, 2)  # channels last
+            with torch.inference_mode():
+                maps = featurizer(pixels)
+            parts.append([level.to("cpu", getattr(torch, dtype)) for level in maps])
 
         levels = [torch.cat(level) for level in zip(*parts)]
         if with_cues:
