@@ -2,11 +2,9 @@
 
     python package.py --results results/simple
 
-writes results/simple.zip with outputs/, paths.json and metadata.json. Broken rules are all listed,
-and the exit status is then 1.
+writes results/simple.zip with outputs/, paths.json and metadata.json; nothing if a rule is broken.
 """
 import argparse
-import itertools
 import re
 import sys
 import zipfile
@@ -29,42 +27,36 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def check(folder: Path) -> tuple[list[str], dict, list[str]]:
-    """Return (the outputs that paths.json names, metadata, broken rules, a line each)."""
+def check(folder: Path) -> tuple[list[str], dict]:
+    """Return the outputs that paths.json names, and metadata.json. BadInput at a broken rule."""
     listed, described = folder / "paths.json", folder / "metadata.json"
+    outputs, metadata = read_paths(listed).get("output", []), read_json(described)
     try:
-        outputs, metadata = read_paths(listed).get("output", []), read_json(described)
         count, frames = metadata.get("nparams"), metadata.get("frames", len(outputs))
-        sizes = metadata.get("sizes") or [metadata.get("size")] * len(outputs)
-        shapes = [size and f"{size[1]} x {size[0]}" for size in sizes]
-    except BadInput as error:
-        return [], {}, [str(error)]
-    except (AttributeError, LookupError, TypeError) as error:
-        return [], {}, [f"{described}: expected what evaluate.py writes ({error})"]
-
-    broken = []
+        sizes = list(metadata.get("sizes") or [metadata.get("size")] * len(outputs))
+    except (AttributeError, TypeError) as error:
+        raise BadInput(f"{described}: expected what evaluate.py writes ({error})") from error
     if type(count) is not int or not 0 <= count < LIMIT:
-        broken.append(f"{described}: nparams is {count}; the contest allows fewer than {LIMIT:,}, "
-                      "of featurizer and decoder together")
-    if not outputs or not len(outputs) == len(shapes) == frames:
-        broken.append(f"{described}: speaks of {frames} frames, but {listed} of {len(outputs)}")
-    for name, shape in itertools.zip_longest(outputs, shapes[:len(outputs)]):
-        try:
-            if not OUTPUT.fullmatch(name) or outputs.count(name) > 1:
-                raise BadInput(f"{listed}: {name!r} is not a PNG in outputs/ named once")
-            with image_file(folder / name) as image:
-                if image.format != "PNG" or image.mode != "L":
-                    raise BadInput(f"{folder / name}: is not an 8-bit grey PNG (mode L)")
-                image.load()
-                found = f"{image.width} x {image.height}"
-                if shape and found != shape:
-                    raise BadInput(f"{folder / name}: is {found}, its frame {shape}")
-        except BadInput as error:
-            broken.append(str(error))
-    return outputs, metadata, broken
+        raise BadInput(f"{described}: nparams is {count}; the contest allows fewer than {LIMIT:,}, "
+                       "of featurizer and decoder together")
+    if not outputs or not len(outputs) == len(sizes) == frames:
+        raise BadInput(f"{described}: speaks of {frames} frames and {len(sizes)} sizes, but {listed} "
+                       f"of {len(outputs)} outputs")
+
+    for name, size in zip(outputs, sizes):
+        if not OUTPUT.fullmatch(name) or outputs.count(name) > 1:
+            raise BadInput(f"{listed}: {name!r} is not a PNG in outputs/ named once")
+        with image_file(folder / name) as image:
+            if image.format != "PNG" or image.mode != "L":
+                raise BadInput(f"{folder / name}: is not an 8-bit grey PNG (mode L)")
+            image.load()
+            found = [image.height, image.width]
+            if size and found != size:
+                raise BadInput(f"{folder / name}: is {found} (H, W), its frame {size}")
+    return outputs, metadata
 
 
-def main() -> int:
+def main() -> None:
     args = parse_args()
     mode = cli.wandb_mode(args.wandb)
     used: list[str] = []
@@ -74,28 +66,19 @@ def main() -> int:
     name = (folder.parent if used else folder.resolve()).name
     out = args.out or (Path("results") if used else folder.parent) / f"{name}.zip"
     check_output(out, "submission", args.overwrite, [folder])
+    outputs, metadata = check(folder)
 
-    outputs, metadata, broken = check(folder)
-    if broken:
-        broken.append(f"package.py: {folder} breaks {len(broken)} of the contest's rules; nothing "
-                      "was written")
-        for line in broken:
-            cli.complain(line)
-        return 1
-    names = [*outputs, "paths.json", "metadata.json"]
+    files = {name: folder / name for name in [*outputs, "paths.json", "metadata.json"]}
     job = "run-val" if metadata.get("annotated") else "run-test"
     logged = cli.tracked(mode, job, vars(args), used)
     with locked(out), whole_file(out) as temporary, logged as log:
         check_output(out, "submission", args.overwrite, [folder])  # made just before by another?
         with zipfile.ZipFile(temporary, "w") as archive:  # not deflated: PNGs are already
-            for entry in map(zipfile.ZipInfo, names):  # dated 1980, for the same bytes always
-                entry.external_attr = 0o644 << 16
-                archive.writestr(entry, (folder / entry.filename).read_bytes())
+            for entry in map(zipfile.ZipInfo, files):  # dated 1980, for the same bytes always
+                archive.writestr(entry, files[entry.filename].read_bytes())
         if log:
-            files = {name: folder / name for name in names}
             log.artifact(f"{metadata.get('decoder', 'model')}-result", "result", files, metadata)
     cli.say(f"wrote {out}: {len(outputs)} outputs, nparams {metadata['nparams']:,}")
-    return 0
 
 
 if __name__ == "__main__":
