@@ -24,24 +24,18 @@ def fetch_model(version="latest", mode="disabled"):
     return (folder / "model.pt").read_bytes()
 
 
-def test_the_cache_is_used_without_the_network(server, monkeypatch, capfd):
+def test_a_version_fetched_once_is_used_without_the_network(server):
     server.publish("linear", "trained-model", {"final_model": b"first"})
     assert fetch_model() == b"first"
     server.publish("linear", "trained-model", {"final_model": b"second"})
     assert fetch_model() == b"second"  # an alias is looked up, though it was fetched before
 
     asked = len(server.operations)
-    with pytest.raises(BadInput, match=r"not in the cache.*--wandb offline asks no server"):
-        fetch_model("v9", "offline")
+    for version in ("v9", "latest"):
+        with pytest.raises(BadInput, match=r"not in the cache.*--wandb offline asks no server"):
+            fetch_model(version, "offline")
     assert fetch_model("v0") == fetch_model("v0", "offline") == b"first"
-    assert fetch_model("latest", "offline") == b"second"
     assert len(server.operations) == asked  # nobody was asked
-    assert f"using {ENTITY}/davis/linear:v1 for {LATEST}" in capfd.readouterr().err
-
-    server.stop()
-    monkeypatch.setattr(wandb.Api, "_HTTP_TIMEOUT", 1)  # seconds; nobody will answer
-    assert fetch_model() == b"second"
-    assert f"using {ENTITY}/davis/linear:v1" in capfd.readouterr().err
 
 
 def test_short_names_take_the_environment_and_the_keys_entity(server, monkeypatch):
@@ -49,9 +43,8 @@ def test_short_names_take_the_environment_and_the_keys_entity(server, monkeypatc
     server.publish("other", "trained-model", MODEL, project="elsewhere")
     found = tracking.fetch("wandb:linear:latest", "disabled")
     assert found[1] == f"{ENTITY}/davis/linear:v0"
-    assert tracking.fetch("wandb:davis/linear:latest", "offline") == found  # whose it is, is known
+    assert tracking.fetch("wandb:davis/linear:latest", "disabled") == found
     monkeypatch.setenv("WANDB_PROJECT", "elsewhere")
-    monkeypatch.setenv("WANDB_MODE", "offline")  # which is about runs: fetching is not held up
     assert tracking.fetch("wandb:other:v0", "disabled")[1] == f"{ENTITY}/elsewhere/other:v0"
 
 

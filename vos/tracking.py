@@ -2,12 +2,11 @@
 import contextlib
 import os
 import re
-import sys
 import tempfile
 from pathlib import Path
 
+from vos.cli import complain
 from vos.inputs import BadInput, inside
-from vos.outputs import write_text
 
 # our file -> its entry in the contest's artifacts
 ENTRIES = {"features.npy": "features_array", "masks.npy": "masks", "model.pt": "final_model"}
@@ -18,11 +17,6 @@ def plain(message) -> str:
     return re.sub(r"://[^/\s]+@", "://***@", " ".join(str(message).split()))
 
 
-def say(message: str) -> None:
-    """Print one line about Weights & Biases on standard error."""
-    print(f"Weights & Biases: {plain(message)}", file=sys.stderr, flush=True)
-
-
 def fetch(source: str, mode: str) -> tuple[Path, str]:
     """Return the folder and full name, entity/project/name:vN, of an artifact. Raises BadInput."""
     parts = source.removeprefix("wandb:").split("/")
@@ -31,20 +25,15 @@ def fetch(source: str, mode: str) -> tuple[Path, str]:
     if not re.fullmatch(r"([\w-][\w.-]*/){2}[\w-][\w.-]*:[\w-][\w.-]*", wanted):  # nor ".."
         raise BadInput(f"{source}: expected wandb:<entity>/<project>/<name>:<alias or version>")
 
-    memory = cached(re.sub("[/:]", " ", wanted))  # a text file: the full name of last time
-    used = memory.read_text() if memory.exists() else wanted
-    if re.search(r":v\d+$", wanted) and cached(used).is_dir():  # a version never changes
-        return cached(used), used
+    if cached(wanted).is_dir():  # a version, which never changes
+        return cached(wanted), wanted
     try:
         if mode == "offline":
-            raise ConnectionError("--wandb offline asks no server; --wandb disabled does")
+            raise ConnectionError("--wandb offline asks no server; name a version, as in :v3")
         used = download(wanted.removeprefix("_/"))
-        write_text(memory, used)
     except Exception as error:  # the client raises its own, requests' and plain ones alike
-        if not cached(used).is_dir():
-            raise BadInput(f"{source}: not in the cache {cached(used).parent} (WANDB_CACHE_DIR), "
-                           f"and not to be had ({plain(error)})") from error
-        say(f"using {used} for {source} from the cache ({plain(error)})")
+        raise BadInput(f"{source}: not in the cache {cached(wanted).parent} (WANDB_CACHE_DIR), "
+                       f"and not to be had ({plain(error)})") from error
     return cached(used), used
 
 
@@ -66,7 +55,7 @@ def download(wanted: str) -> str:
     if folder.is_dir():
         return used
 
-    say(f"downloading {used} ({artifact.size / 1e6:.1f} MB) to {folder}")
+    complain(f"downloading {used} ({artifact.size / 1e6:.1f} MB) to {folder}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         files = Path(artifact.download(f"{temporary}/files", skip_cache=True))
@@ -84,26 +73,23 @@ class Run(contextlib.AbstractContextManager):
 
     def __init__(self, client):
         self.client, self.folder = client, client.settings.sync_dir
-        self.missing: set[str] = set()  # what could not be logged, which has been told
 
     def __exit__(self, kind, error, trace):
         """Say how to upload what will be missing, and wait for the uploads."""
-        say(f"the run is at {self.client.url or self.folder}; to upload what is missing there: "
-            f"wandb sync --include-online {self.folder}")
+        complain(f"the run is at {plain(self.client.url or self.folder)}; to upload what is "
+                 f"missing there: wandb sync --include-online {self.folder}")
         with self.going_on("the end"):
             self.client.unwatch()
             self.client.finish(exit_code=int(kind is not None))
 
     @contextlib.contextmanager
     def going_on(self, what: str):
-        """Turn failures of the client into one warning for each `what`."""
+        """Turn a failure of the client into a warning."""
         try:
             yield
         except Exception as error:
-            if what not in self.missing:
-                say(f"{what} could not be logged ({plain(error)}); if `wandb sync` does not bring "
-                    "it, give the command again with --wandb offline")
-            self.missing.add(what)
+            complain(f"{what} could not be logged ({plain(error)}); if `wandb sync` does not "
+                     "bring it, give the command again with --wandb offline")
 
     def log(self, row: dict, step: int) -> None:
         """Log numbers and strings at `step`, which never decreases."""
@@ -149,11 +135,8 @@ def start(mode, job: str, config: dict, inputs: list[str]) -> Run:
         run = Run(wandb.init(project=os.environ.get("WANDB_PROJECT") or "davis", job_type=job,
                              config=config | {"used": inputs}, mode=mode, settings=quiet))
     except Exception as error:
-        if mode == "online" and re.search("tim(ed|e) ?out", str(error), re.IGNORECASE):
-            say(f"no answer from the server ({plain(error)}); logging offline")
-            return start("offline", job, config, inputs)
         raise BadInput(f"--wandb {mode}: cannot be used ({plain(error)}); pip install wandb, set "
-                       "WANDB_API_KEY, or pass --wandb disabled") from error
+                       "WANDB_API_KEY, or pass --wandb offline or disabled") from error
     for used in inputs if mode == "online" else ():
         with run.going_on("lineage"):
             run.client.use_artifact(used)
