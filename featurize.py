@@ -74,10 +74,10 @@ def main() -> None:
     plan = sources.plan_features(source, root, featurizer, size, with_cues, args.dtype, args.views,
                                  args.split, args.masks)
     if group.main:
+        meta = plan.meta
         cli.say(f"{len(plan.rows)} frames and views, {size[1]} x {size[0]}; {args.featurizer} on "
-                f"{device} in {plan.meta['preprocessing']['compute']}, "
-                f"{plan.meta['parameters']:,} parameters, "
-                f"{plan.meta['flops_per_frame'] / 1e9:.2f} GFLOP a frame; levels "
+                f"{device} in {meta['preprocessing']['compute']}, {meta['parameters']:,} "
+                f"parameters, {meta['flops_per_frame'] / 1e9:.2f} GFLOP a frame; levels "
                 f"{', '.join(featurizer.levels)}; masks: {source.meaning}")
 
     # featurize
@@ -92,8 +92,14 @@ def main() -> None:
             log.artifact(f"{args.featurizer}-featurized-{split}", "featurized-data", files, facts)
     if group.main:
         print(f"seconds: {time.perf_counter() - started:.3f} ({len(plan.rows)} frames)")
-        cli.say(f"wrote {out}")
-        cli.say(f"next: python train.py --features {shlex.quote(str(out))}")
+        for_training = source.annotated and split not in ("val", "test")
+        validates = source.annotated and not for_training
+        cli.say(f"wrote {out}{', to pass to train.py as --val-features' if validates else ''}")
+        if for_training:
+            pyramid = "temporal" if with_cues else "fpn"
+            decoder = pyramid if len(featurizer.levels) > 1 else "simple"
+            command = ["python", "train.py", "--features", str(out), "--decoder", decoder]
+            cli.say(f"next: {shlex.join(command)}")
 
 
 if __name__ == "__main__":

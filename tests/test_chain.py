@@ -20,7 +20,7 @@ def test_from_clips_to_a_submission(tmp_path):
     for path in (train, val):
         flags = ("--data", davis, "--split", path.name, "--out", path, *quick)
         said = ok(script("featurize", *flags))
-        assert f"next: python train.py --features {path}" in said.out and said.err == ""
+        assert f"wrote {path}" in said.out and said.err == ""
     said = ok(script("train", "--features", train, "--val-features", val, "--decoder", "linear",
                      "--out", run, *quick))
     assert f"next: python evaluate.py --model {run} --features {val}" in said.out

@@ -48,7 +48,8 @@ def test_the_folder_holds_the_networks_maps_and_the_masks(davis, tmp_path):
     whole, out = make_alexnet(), tmp_path / "features"
     torch.save(whole.features.state_dict(), tmp_path / "w.pth")
     result = ok(featurize(davis, out, "--weights", tmp_path / "w.pth", "--dtype", "float32"))
-    assert f"next: python train.py --features {out}" in result.out and result.err == ""
+    command = f"next: python train.py --features {out} --decoder simple\n"
+    assert result.out.endswith(command) and result.err == ""
 
     files = listed(davis)
     pixels = torch.from_numpy(np.stack([iio.imread(frame) for frame, _ in files]))
@@ -66,7 +67,8 @@ def test_the_folder_holds_the_networks_maps_and_the_masks(davis, tmp_path):
 
 def test_levels_views_and_cues_by_default(davis, tmp_path):
     flags = ("--levels", "s16@.5,s16", "--views", "zoom2", "--dtype", "float32", "--limit", 6)
-    ok(featurize(davis, tmp_path / "f", *flags))
+    said = ok(featurize(davis, tmp_path / "f", *flags)).out
+    assert said.endswith(f"train.py --features {tmp_path / 'f'} --decoder temporal\n")
     opened = data.open_features(tmp_path / "f")
     assert list(opened.shapes) == ["s16@0.5", "s16"]  # coarse to fine, canonical
     assert (opened.frames, opened.meta["views"], len(opened.meta["clips"])) == (6, ["zoom2"], 12)
@@ -82,9 +84,10 @@ def test_levels_views_and_cues_by_default(davis, tmp_path):
 
     write_pngs(tmp_path / "turned", [clips.show(iio.imread(frame), "zoom2")
                                        for frame, _ in listed(davis)[:3]])
-    ok(call("featurize", "--data", tmp_path / "turned", "--out", tmp_path / "g", *ALEXNET,
-            "--levels", "s16,s16@0.5", "--dtype", "float32", "--no-cues", "--size",
-            "{}x{}".format(*opened.size)))
+    said = ok(call("featurize", "--data", tmp_path / "turned", "--out", tmp_path / "g", *ALEXNET,
+                   "--levels", "s16,s16@0.5", "--dtype", "float32", "--no-cues", "--size",
+                   "{}x{}".format(*opened.size))).out
+    assert said.endswith(f"wrote {tmp_path / 'g'}\n")  # nothing to train on
     assert not list((tmp_path / "g").glob("cues*"))
     for level in opened.shapes:
         pair = [np.load(tmp_path / name / f"features.{level}.npy") for name in "fg"]
@@ -182,3 +185,11 @@ def test_features_that_are_no_numbers_are_refused(davis, tmp_path):
     given = ("--data", davis, "--split", "train", "--out", tmp_path / "f", *ALEXNET)
     flags = (*given, "--weights", tmp_path / "w.pth")
     refuses("featurize", *flags, names=["--dtype float32"], untouched=tmp_path)
+
+
+def test_what_comes_next_fits_what_was_written(davis, tmp_path):
+    levels = ("--levels", "s16,s32", "--no-cues", "--limit", 3)
+    said = ok(featurize(davis, tmp_path / "f", *levels)).out
+    assert said.endswith(f"train.py --features {tmp_path / 'f'} --decoder fpn\n")
+    said = ok(featurize(davis, tmp_path / "g", "--split", "val")).out
+    assert said.endswith(f"wrote {tmp_path / 'g'}, to pass to train.py as --val-features\n")
