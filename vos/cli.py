@@ -5,7 +5,6 @@ import ctypes
 import os
 import re
 import sys
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn
@@ -100,15 +99,14 @@ def choose_device(name: str) -> torch.device:
             raise RuntimeError("expected cpu, cuda, cuda:N or mps")
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise BadInput(f"--device {name}: not on this machine ({reason}); pass --device auto or "
-                       "--device cpu") from error
+        reason = str(error).partition("\n")[0]
+        raise BadInput(f"--device {name}: not on this machine ({reason}); pass cpu") from error
 
 
 def progress(items: Iterable, what: str, total: int | None = None) -> tqdm:
     """Wrap `items` in a progress bar on standard error; silent when that is not a terminal."""
     hidden = None if sys.stderr else True  # None: where that is no terminal
-    return tqdm(items, desc=what, total=total, disable=hidden, dynamic_ncols=True, leave=False)
+    return tqdm(items, what, total, disable=hidden, dynamic_ncols=True, leave=False)
 
 
 def say(text: str, **where) -> None:
@@ -163,15 +161,10 @@ def run(main: Callable[[], int | None], several: bool = False) -> int:
         if not several and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise BadInput("runs as one process; start it with python, without torchrun")
         return main() or 0
-    except BrokenPipeError:  # the reader of our output (head, less) went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 141
     except (BadInput, OSError, ValueError, ArithmeticError, MemoryError, torch.OutOfMemoryError,
             torch.linalg.LinAlgError) as error:
         if "--debug" in sys.argv:
             raise
-        if int(os.environ.get("RANK", 0)):  # of several processes the first speaks for all
-            time.sleep(2)
         text = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, MemoryError | torch.OutOfMemoryError):
             text = f"out of memory ({text}); pass smaller frames, fewer levels or --resident disk"

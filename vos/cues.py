@@ -74,10 +74,8 @@ def aligned_change(level: torch.Tensor) -> torch.Tensor:
         total += torch.where(seen, least, 0)
         count += seen
 
-    if not count.any():  # a clip of one or two frames
-        return total
     change = (total / count).clamp(min=1e-3).log()  # NaN where never seen
-    return torch.where(count > 0, change, change[count > 0].median())
+    return torch.where(count > 0, change, change.nanmedian()).nan_to_num()  # 0: one or two frames
 
 
 def camera_shift(one: torch.Tensor, other: torch.Tensor, height: int, width: int) -> torch.Tensor:

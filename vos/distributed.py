@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from vos.inputs import BadInput
+from vos.cli import choose_device
 
 
 class Group(NamedTuple):
@@ -38,13 +38,11 @@ ALONE = Group()
 
 def join(device: torch.device) -> tuple[Group, torch.device]:
     """Join torchrun's group, or be one alone; return it, and this process's device. BadInput."""
-    size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
         return ALONE, device
     if device.type == "cuda":
-        if local >= torch.cuda.device_count():
-            raise BadInput(f"process {local} has no device; start fewer, or pass --device cpu")
-        device = torch.device(device.type, local)
+        device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     atexit.register(dist.destroy_process_group)

@@ -24,12 +24,12 @@ def opened(path: Path, limit: int | None = None) -> Iterator[IO[bytes]]:
             raise BadInput(f"{path}: is no regular file; expected a file, not a folder or a pipe")
         if limit is not None and state.st_size > limit:
             raise BadInput(f"{path}: has {state.st_size:,} bytes; expected at most {limit:,}")
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe put there now
+        file = open(path, "rb")  # noqa: SIM115
+    except FileNotFoundError as error:
+        raise BadInput(f"{path}: no such file; expected a file that can be read") from error
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
-        missing = isinstance(error, FileNotFoundError)
-        reason = "no such file" if missing else f"cannot be opened ({error})"
-        raise BadInput(f"{path}: {reason}; expected a file that can be read") from error
-    with os.fdopen(handle, "rb") as file:
+        raise BadInput(f"{path}: cannot be opened ({error})") from error
+    with file:
         yield file
 
 

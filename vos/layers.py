@@ -47,16 +47,11 @@ def fit_standardise(norms: Iterable, features) -> None:
     """Set one Standardise per level from at most 256 rows of data.Features, spread evenly."""
     chosen = features.index[:: -(-len(features.index) // 256)]
     for number, norm in enumerate(norms):
-        count, (total, products) = 0, torch.zeros(2, 1, device=features.device)
-        for part in chosen.split(16):
-            level = features.levels[number][part].to(features.device).float()
-            values = level.permute(0, 2, 3, 1).reshape(-1, level.shape[1])  # [positions, C]
-            count += len(values)
-            total = total + values.sum(0)
-            products = products + values.T @ values
-
-        mean = total / count
-        covariance = products / count - mean[:, None] * mean
+        level = features.levels[number][chosen].to(features.device).float()
+        values = level.transpose(0, 1).flatten(1)  # [C, positions]
+        mean = values.mean(1)
+        values -= mean[:, None]
+        covariance = values @ values.T / values.shape[1]
         std = covariance.diagonal().clamp_min(0).sqrt() + 1e-3
         norm.mean.copy_(mean[:, None, None])
         norm.std.copy_(std[:, None, None])

@@ -1,7 +1,7 @@
 """Everything the scripts leave: one door for files and folders, written whole or not at all.
 
-A file is written under a temporary name beside its final one, flushed to the disk, and renamed. So
-is a folder. `check_output` first refuses what would cost a user's files, whatever the flags say.
+A file is written under a temporary name beside its final one, and renamed. So is a folder.
+`check_output` first refuses what would cost a user's files, whatever the flags say.
 """
 import contextlib
 import json
@@ -113,19 +113,15 @@ def new_folder(out: Path, kind: str, overwrite: bool, inputs: Sequence[Path] = (
     check_output(out, kind, overwrite, inputs)
     temporary, old, keep = beside(out, "partial"), beside(out, "old"), plan is not None
     note = temporary / "unfinished/plan.json"
-    with locked(out), writing(out):
+    with locked(out):
         try:
             if plan is None or not note.exists() or note.read_text() != plan:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir()
-            if plan is not None:
-                note.parent.mkdir(exist_ok=True)
-                write_text(note, plan)
+                note.parent.mkdir()
+                write_text(note, plan or "")
             yield temporary
-            shutil.rmtree(note.parent, ignore_errors=True)
-            for file in filter(Path.is_file, temporary.rglob("*")):
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
+            shutil.rmtree(note.parent)
 
             try:
                 check_output(out, kind, overwrite, inputs)
@@ -151,20 +147,18 @@ def locked(out: Path) -> Iterator[None]:
     path = beside(out, "lock")
     with writing(out):
         path.parent.mkdir(parents=True, exist_ok=True)
-        flags = os.O_WRONLY | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-        handle = os.fdopen(os.open(path, flags, 0o600), "w")
-    with handle:
-        try:
-            import fcntl
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = os.path.samefile(path, handle.fileno())  # or its last holder removed it just now
-        except (BlockingIOError, FileNotFoundError):
-            free = False
-        except (ImportError, OSError):  # Windows, or a file system without locks
-            free = True
-        if not free:
-            raise BadInput(f"{out}: another process is writing it; wait, or choose another --out")
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+        with open(path, "a") as handle:  # which leaves a file as it is, that a link leads to
+            try:
+                import fcntl
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not os.path.samefile(path, handle.fileno()):  # its last holder removed it
+                    raise BlockingIOError
+            except (BlockingIOError, FileNotFoundError) as error:
+                raise BadInput(f"{out}: another process is writing it; wait, or choose another "
+                               "--out") from error
+            except (ImportError, OSError):  # Windows, or a file system without locks
+                pass
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
