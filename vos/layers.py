@@ -80,8 +80,3 @@ def count_flops(work: Callable, inputs: Sequence) -> int:
     with FlopCounterMode(display=False) as counter:
         work(inputs)
     return counter.get_total_flops()
-
-
-def contest_iou(predictions: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """Return the contest's IoU, float32 [N], of bool [N, H, W]; NaN where both masks are empty."""
-    return (predictions & masks).sum((1, 2)) / (predictions | masks).sum((1, 2))
