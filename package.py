@@ -40,8 +40,8 @@ def check(folder: Path) -> tuple[list[str], dict]:
         raise BadInput(f"{described}: nparams is {count}; the contest allows fewer than {LIMIT:,}, "
                        "of featurizer and decoder together")
     if not outputs or not len(outputs) == len(sizes) == frames:
-        raise BadInput(f"{described}: speaks of {frames} frames and {len(sizes)} sizes, but {listed} "
-                       f"of {len(outputs)} outputs")
+        raise BadInput(f"{described}: speaks of {frames} frames and {len(sizes)} sizes, but "
+                       f"{listed} of {len(outputs)} outputs")
 
     for name, size in zip(outputs, sizes):
         if not OUTPUT.fullmatch(name) or outputs.count(name) > 1:
