@@ -60,8 +60,7 @@ def parse_args() -> argparse.Namespace:
 
     args = parser.parse_args()
     if args.resume:
-        from vos import resuming
-        args = resuming.recall(args.resume, parser, args, MAY_CHANGE)
+        args = runs.recall(args.resume, parser, args, MAY_CHANGE)
     if not args.features:
         parser.error("--features: expected a folder written by featurize.py, or wandb:...")
     if bool(args.val_features) + bool(args.holdout) + bool(args.folds) > 1:
@@ -116,8 +115,7 @@ def fit(decoder: Decoder, training: data.Features, validation: data.Features | N
     parts = {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
     state: dict = {"step": 0, "best": -1.0, "losses": []}
     if resume:
-        from vos import resuming
-        state = resuming.load_state(out, parts, state, write=group.main)
+        state = runs.load_state(out, parts, state, write=group.main)
     best, losses = state["best"], [loss.to(device) for loss in state["losses"]]
     forward = group.wrap(decoder)
     if tracker:

@@ -33,26 +33,32 @@ def test_outline_stays_off_the_frame_border():
     assert (picture[:, 19] == pictures.OUTLINE).all() and (picture[:, :15] == 99).all()
 
 
-def curves(tmp_path, rows: list[dict]) -> tuple[list[str], list[str]]:
-    """Return the texts and the paths of the lines of a run's curves."""
-    pictures.write_curves(tmp_path / "curves.svg", rows)
-    tree = ElementTree.parse(tmp_path / "curves.svg")
-    lines = [path.attrib["d"] for path in tree.iter("{http://www.w3.org/2000/svg}path")]
-    return [text.text or "" for text in tree.iter("{http://www.w3.org/2000/svg}text")], lines
+def curves(tmp_path, *logs: list[dict], **names) -> tuple[list[str], list[tuple]]:
+    """Return the texts, and the color and points of each line, of the curves of logs."""
+    pictures.write_curves(tmp_path / "curves.svg", *logs, **names)
+    tree, svg = ElementTree.parse(tmp_path / "curves.svg"), "{http://www.w3.org/2000/svg}"
+    lines = [(line.attrib["stroke"], line.attrib["points"]) for line in tree.iter(f"{svg}polyline")]
+    return ["".join(text.itertext()) for text in tree.iter(f"{svg}text")], lines
 
 
 def test_curves_have_numbers_on_their_axes_and_lines_where_measured(tmp_path):
-    rows = [{"step": 0, "loss": 2.0}, {"step": 5, "val_iou": None, "loss": None},
-            {"step": 10, "loss": 1.0, "val_iou": 0.25}]
+    rows = [{"step": 0, "loss": 2.0}, {"step": 10, "loss": 1.0, "val_iou": 0.25}]
     texts, lines = curves(tmp_path, rows)
     assert texts == ["Loss", "0", "1", "2", "Validation IoU", "0", "0.5", "1", "step 0",
                      "step 10"]
-    assert lines[3] == "M60.0 40.0h0L700.0 110.0h0"
-    assert lines[7] == "M700.0 345.0h0"
+    assert [points for _, points in lines] == ["60.0 40.0 700.0 110.0 700.0 110.0",
+                                               "700.0 345.0 700.0 345.0"]
 
 
-@pytest.mark.parametrize("rows", [[{"step": 3}], [{"step": 0, "loss": float("nan")}],
-                                  [{"step": 0, "loss": 0.0}, {"step": 1, "loss": 0.0}]])
-def test_curves_of_next_to_nothing_are_drawn_too(tmp_path, rows):
-    texts, lines = curves(tmp_path, rows)
-    assert len(texts) == 10 and "nan" not in "".join(lines)
+def test_logs_of_one_run_share_a_color_and_each_run_is_named(tmp_path):
+    rows = [{"step": 0, "loss": 2.0}, {"step": 5, "loss": 1.0}]
+    texts, lines = curves(tmp_path, rows, rows[:1], rows, names=["<a>", "<a>", "b"])
+    colors = [color for color, _ in lines]
+    assert texts[8:] == ["\u25a0 <a>", "\u25a0 b", "step 0", "step 5"] and len(lines) == 6
+    assert colors[0] == colors[1] == colors[3] != colors[2] == colors[5]
+
+
+@pytest.mark.parametrize("logs", [[], [[{"step": 0, "loss": 0.0}]]])
+def test_curves_of_next_to_nothing_are_drawn_too(tmp_path, logs):
+    texts, lines = curves(tmp_path, *logs)
+    assert len(texts) == 10 and len(lines) == 2 * len(logs)

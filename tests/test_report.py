@@ -6,13 +6,12 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
-from vos import pictures, results
+from vos import metrics, results
 
-CLIPS = ["clip-10", "clip-9", "<i>&\"nasty\"</i>", "clip-2"]
+CLIPS = ["clip-10", "clip-9", "<i>&\"nasty\"", "clip 2"]
 # a page around the report's: it asks the report once loaded, and holds the answer
 AROUND = """<iframe src="{name}" width="{width}" height="800"></iframe><pre></pre><script>
 onload = async () => {{
@@ -36,87 +35,59 @@ def ask(page: Path, width: int, script: str):
     return json.loads(html.unescape(re.search("<pre>(.*)</pre>", done.stdout, re.DOTALL)[1]))
 
 
-def invent(scored: bool = True) -> tuple[dict | None, list[dict]]:
-    """Return scores and rows of CLIPS, 6 frames each; the last frame of the first has no IoU."""
-    rows: list[dict] = [{"index": index, "clip": CLIPS[index // 6], "frame": f"{index % 6:05d}"}
-                        for index in range(24)]
-    if not scored:
-        return None, rows
-    for index, row in enumerate(rows):
-        row |= {"iou": None if index == 5 else (index % 6) / 10, "J": 0.5, "F": 0.5}
-    per_clip = {clip: {"mean_iou": 0.5, "J_mean": J, "F_mean": 0.5, "F_decay": decay}
-                for clip, J, decay in zip(CLIPS, (0.3, -0.0, 0.25, 0.1), (0, None, 0.2, 0.3))}
-    return {"protocol": "all", "frames": 24, "mean_iou": 0.1, "per_clip": per_clip}, rows
-
-
-def picture(index: int) -> np.ndarray:
-    return np.full((64, 111, 3), 9 * index, np.uint8)
+def invent() -> tuple[list[dict], dict]:
+    """Return rows of CLIPS, 6 frames each, and scores; the first frame of the first has no IoU."""
+    rows: list[dict] = [{"index": index, "clip": CLIPS[index // 6], "frame": f"{index % 6:05d}",
+                         "iou": (6 - index % 6) / 10 if index else None} for index in range(24)]
+    per_clip = {clip: dict.fromkeys(metrics.MEASURES, 0.5) | {"mean_iou": iou, "J_decay": decay}
+                for clip, iou, decay in zip(CLIPS, (0.3, 0.1, 0.25, 0.2), (0, None, -0.0, 0.3))}
+    scores = dict.fromkeys(metrics.MEASURES, 0.5) | {"mean_iou": 0.2125}
+    return rows, scores | {"protocol": "all", "frames": 24, "per_clip": per_clip}
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """Return the path of a report on CLIPS, with a video of each kind and a curve."""
+    """Return the path of a report on CLIPS, whose overlays have different widths."""
     folder = tmp_path_factory.mktemp("report")
     (folder / "overlays").mkdir()
-    Image.new("RGB", (40, 30)).save(folder / "overlays/a & b.gif")
-    pictures.write_curves(folder / "curves.svg", [{"step": 0, "loss": 1}, {"step": 9, "loss": 0.5}])
+    for number, clip in enumerate(CLIPS):
+        Image.new("RGB", (40 + number, 30)).save(folder / f"overlays/{clip}.gif")
     facts = {"model": "<b>linear</b>", "command": "python evaluate.py " + "runs/long-name/" * 12}
-    results.write_report(folder / "report.html", "A <report>", *invent(), picture, facts,
-                        ["overlays/a & b.gif", "overlays/c.mp4"],
-                        (folder / "curves.svg").read_text())
+    results.write_report(folder / "report.html", "A <report>", *invent(), facts)
     return folder / "report.html"
 
 
-def test_click_on_a_heading_sorts_and_a_second_one_reverses(page):
-    found = ask(page, 1280, """
-        const order = () => [...document.querySelectorAll("tbody a")].map(a => a.innerText)
-        const click = n => document.querySelector(`#clips th:nth-child(${n}) button`).click()
-        return [order(), ...[3, 1, 6, 6].map(column => (click(column), order()))]""")
-    given, by_j, by_name, *by_decay = found
-    assert given == CLIPS and by_j == ["clip-9", "clip-2", CLIPS[2], "clip-10"]
-    assert [name for name in by_name if "<" not in name] == ["clip-2", "clip-9", "clip-10"]
-    assert by_decay == [["clip-10", CLIPS[2], "clip-2", "clip-9"],
-                        ["clip-2", CLIPS[2], "clip-10", "clip-9"]]  # without a value: last
-
-
 @pytest.mark.parametrize("width", [375, 1280])
-def test_page_fits_shows_its_pictures_and_names_and_says_when_a_table_scrolls(page, width):
-    wide, sizes, hint, title, markup, fact, alt = ask(page, width, """
-        document.querySelector(".videos").scrollIntoView()
+def test_page_fits_and_shows_its_clips_the_worst_first(page, width):
+    wide, images, title, markup, fact, captions, said = ask(page, width, """
+        for (const image of document.images) image.scrollIntoView()
         await sleep(300)  // the lazy ones load
-        const images = [...document.images], hint = document.querySelector(".hint")
         return [document.documentElement.scrollWidth,
-                images.map(image => [image.naturalWidth, image.alt.length > 9]),
-                document.defaultView.getComputedStyle(hint).display, document.title,
+                [...document.images].map(image => [image.naturalWidth, image.alt]), document.title,
                 document.querySelectorAll("i, b").length, document.querySelector("dd").innerText,
-                images[6].alt]""")
-    assert wide <= width and sizes == [[111, True]] * 12 + [[40, True]]
-    assert (hint == "none") == (width == 1280)
+                [...document.querySelectorAll("figcaption")].map(each => each.innerText),
+                document.querySelector(".scores").innerText]""")
+    order = [1, 3, 2, 0]  # by mean IoU
+    assert wide <= width
+    assert images == [[40 + number, f"Overlay of {CLIPS[number]}"] for number in order]
     # names are text, not markup
-    assert (title, markup, fact) == ("A <report>", 0, "<b>linear</b>") and CLIPS[2] in alt
+    assert (title, markup, fact) == ("A <report>", 0, "<b>linear</b>")
+    assert said.startswith("mean_iou 0.212, J_mean 0.500, ") and said.endswith(
+        "; 24 frames, protocol all")
+    assert captions[0].startswith("clip-9 6 frames; mean_iou 0.100, J_mean 0.500, J_recall 0.500, "
+                                  "J_decay –, ")
+    assert "J_decay 0.000" in captions[2]  # not -0
+    assert captions[3].endswith("; worst: frame 00005, 0.100") and CLIPS[0] in captions[3]
 
 
-def test_report_without_annotations_shows_no_scores_and_no_truth(tmp_path):
-    results.write_report(tmp_path / "report.html", "Bare", *invent(scored=False), picture, {})
-    text = ask(tmp_path / "report.html", 375, "return document.body.innerText")
-    assert "No annotations" in text and "First: frame 00000" in text
-    assert not re.search("truth|mean IoU|Recall|Videos|Training", text)
-
-
-@pytest.mark.parametrize("ious, expected", [
-    ([0.5, None, 0.9, float("nan"), 0.7], [("Worst", 0), ("Median", 4), ("Best", 2)]),
-    ([0.5, 0.4], [("Worst", 1), ("Best", 0)]),
-    ([0.5], [("Best", 0)]),
-    ([None, None, None, None], [("First", 0), ("Middle", 2), ("Last", 3)]),
-])
-def test_frames_chosen(ious, expected):
-    rows = [{"index": index, "frame": index, "iou": iou} for index, iou in enumerate(ious)]
-    section = results.clip_section("a", rows, picture)
-    found = re.findall(r"<figcaption>(\w+): frame (\d)", section)
-    assert [(word, int(index)) for word, index in found] == expected
+def test_report_without_annotations_shows_no_scores(tmp_path):
+    rows = [row | {"iou": None} for row in invent()[0]]
+    results.write_report(tmp_path / "report.html", "Bare", rows, None, {})
+    text = (tmp_path / "report.html").read_text()
+    assert "No annotations" in text and text.count("</strong> 6 frames</figcaption>") == 4
+    assert "worst: frame" not in text
 
 
 def test_report_fetches_only_what_lies_beside_it(page):
     links = re.findall(r'(?:src|href|data)="([^"]*)"', page.read_text())
-    pattern = r"data:image/jpeg;base64,.*|#clip-\d+|overlays/a%20%26%20b.gif|overlays/c.mp4"
-    assert len(links) == 12 + 4 + 4 and all(re.fullmatch(pattern, link) for link in links)
+    assert len(links) == 4 and all(re.fullmatch(r"overlays/[\w%.-]+\.gif", link) for link in links)

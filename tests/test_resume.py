@@ -94,8 +94,6 @@ def test_a_resumed_run_keeps_its_recipe_whatever_the_code_says_now(features, tmp
     for name in ("whole", "run"):
         ok(call("train", *flags, "--out", tmp_path / name))
     (tmp_path / "run/last.pt").unlink()  # so that it starts anew
-    change_json(tmp_path / "run/args.json", code="another")
     monkeypatch.setattr(models.Linear, "recipe", models.Recipe(lr=0.5, batch_size=2))
-    said = ok(call("train", "--resume", tmp_path / "run")).out
-    assert "another revision" in said
+    ok(call("train", "--resume", tmp_path / "run"))
     assert (tmp_path / "run/log.jsonl").read_bytes() == (tmp_path / "whole/log.jsonl").read_bytes()

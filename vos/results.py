@@ -1,8 +1,7 @@
 """What evaluate.py leaves: outputs, scores, and pictures for people who look. H W frame."""
-import base64
 import csv
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import date
 from html import escape
 from pathlib import Path
@@ -10,14 +9,12 @@ from string import Template
 from urllib.parse import quote
 
 import numpy as np
-from PIL import Image
 
-from vos import clips, metrics, pictures, video
+from vos import clips, metrics
 from vos.cli import progress
-from vos.images import write_image
-from vos.metrics import MEASURES
+from vos.images import write_gif, write_image
 from vos.outputs import write_json, write_text
-from vos.pictures import chart, known
+from vos.pictures import overlay
 from vos.sources import Source, clip_ranges
 
 
@@ -45,11 +42,9 @@ def write_outputs(out: Path, predictions: Iterable[np.ndarray], source: Source, 
 def write_scores(out: Path, rows: list[dict], protocol: str) -> dict | None:
     """Write frames.csv, and scores.json when there are scores; return these."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(rows[0])
-    for row in rows:  # what a spreadsheet would run as a formula is quoted
-        writer.writerow(["'" + cell if isinstance(cell, str) and cell[:1] in "=+-@" else cell
-                         for cell in row.values()])
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     write_text(out / "frames.csv", text.getvalue())
 
     scored = [row for row in rows if row["J"] is not None]
@@ -62,22 +57,16 @@ def write_scores(out: Path, rows: list[dict], protocol: str) -> dict | None:
 
 
 def write_pictures(out: Path, name: str, source: Source, files: list[Path], meaning: dict[str, str],
-                   rows: list[dict], scores: dict | None, facts: dict, kind: str,
-                   curve: Path) -> None:
-    """Write report.html, and unless `kind` is "none" overlay videos, of the masks in `files`."""
+                   rows: list[dict], scores: dict | None, facts: dict) -> None:
+    """Write report.html, and overlays/<clip>.gif of the masks in `files`, which it shows."""
     def draw(first: int, stop: int) -> Iterator[np.ndarray]:
         for index, frame in zip(range(first, stop), clips.read_images(source.frames[first:stop])):
-            prediction = clips.read_mask(files[index], meaning)
-            yield pictures.overlay(frame, prediction, source.mask(index))
+            yield overlay(frame, clips.read_mask(files[index], meaning), source.mask(index))
 
-    videos = []
-    for first, stop in progress(clip_ranges(source.frames) if kind != "none" else [], "pictures"):
-        (out / "overlays").mkdir(exist_ok=True)
-        videos.append(f"overlays/{source.frames[first].clip}.{kind}")
-        video.write_video(out / videos[-1], draw(first, stop), 24, kind)
-    drawn = curve.read_text(encoding="utf-8") if curve.is_file() else None
-    write_report(out / "report.html", f"{name}, {date.today()}", scores, rows,
-                 lambda index: next(draw(index, index + 1)), facts, videos, drawn)
+    (out / "overlays").mkdir()
+    for first, stop in progress(clip_ranges(source.frames), "pictures"):
+        write_gif(out / f"overlays/{source.frames[first].clip}.gif", draw(first, stop), 24)
+    write_report(out / "report.html", f"{name}, {date.today()}", rows, scores, facts)
 
 
 def write_unsure(out: Path, frame: clips.Frame, file: Path, meaning: dict[str, str]) -> None:
@@ -87,74 +76,43 @@ def write_unsure(out: Path, frame: clips.Frame, file: Path, meaning: dict[str, s
     write_image(out / f"{frame.name}.png", clips.read_mask(file, meaning) * np.uint8(255))
 
 
-def write_report(path: Path, title: str, scores: dict | None, rows: Sequence[dict],
-                 picture: Callable[[int], np.ndarray], facts: dict[str, object],
-                 videos: Sequence[str] = (), curve: str | None = None) -> None:
-    """Write report.html, filled in: how well a model segments clips, and where not."""
+def write_report(path: Path, title: str, rows: Sequence[dict], scores: dict | None,
+                 facts: dict) -> None:
+    """Write report.html: how well a model segments clips, whose overlays lie beside it."""
     clips: dict[str, list[dict]] = {}
     for row in rows:
         clips.setdefault(row["clip"], []).append(row)
-    summary, figures = scores or {"per_clip": {}}, ""
-    for file in videos:
-        source, name = escape(quote(file)), escape(Path(file).stem)
-        shown = f'<video controls preload="none" src="{source}"></video>'
-        if file.endswith(".gif"):
-            shown = f'<img loading="lazy" alt="Overlay of {name}" src="{source}">'
-        figures += f'<figure>{shown}<figcaption><a href="{source}">{name}</a></figcaption></figure>'
+    per_clip, said = {}, "No annotations, so no scores."
+    if scores:
+        per_clip = scores["per_clip"]
+        said = f"{say_scores(scores)}; {scores['frames']} frames, protocol {scores['protocol']}"
+    worst_first = sorted(clips, key=lambda clip: per_clip.get(clip, {}).get("mean_iou") or 0)
     template = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
     write_text(path, template.substitute(
         title=escape(title),
-        scored="" if scores else "hidden",
-        count=summary.get("frames"),
-        protocol=summary.get("protocol"),
-        **{key: number(summary.get(key)) for key in MEASURES},
-        clips="\n".join(clip_row(clip, summary["per_clip"].get(clip, {}), clips[clip])
-                        for clip in clips),
-        frames="\n".join(clip_section(clip, clips[clip], picture) for clip in clips),
-        videos=figures,
-        curve=curve or "",
+        scores=said,
+        clips="\n".join(show_clip(clips[clip], per_clip.get(clip)) for clip in worst_first),
         facts="\n".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>"
                         for name, value in facts.items()),
     ))
 
 
-def number(value: float | None) -> str:
-    """Return a score as people read it, or a dash where there is none."""
-    return f"{value:z.3f}".replace("-", "−") if known(value) else "–"
+def say_scores(scores: dict) -> str:
+    """Say scores in words, with a dash where there is none."""
+    shown = {key: "–" if scores[key] is None else f"{scores[key]:z.3f}" for key in metrics.MEASURES}
+    return ", ".join(f"{key} {text}" for key, text in shown.items())
 
 
-def clip_row(clip: str, scores: dict, rows: Sequence[dict]) -> str:
-    """Return a row of the table of clips: its name, its scores, and J drawn frame by frame."""
-    name, anchor = escape(clip), f"#clip-{rows[0]['index']}"
-    cells = f'<th scope="row" data-value="{name}"><a href="{anchor}">{name}</a></th>'
-    for value in [scores.get(key) for key in MEASURES if "recall" not in key]:
-        cells += f'<td data-value="{value if known(value) else ""}">{number(value)}</td>'
-    values = [(index, row.get("J")) for index, row in enumerate(rows)]
-    line = chart(values, (0, len(rows) - 1), 1, (22, 6, 174, 36))
-    label = f'role="img" aria-label="J of {len(rows)} frames"'
-    return f'<tr>{cells}<td><svg class="spark" viewBox="0 0 200 48" {label}>{line}</svg></td></tr>'
-
-
-def clip_section(clip: str, rows: Sequence[dict], picture: Callable[[int], np.ndarray]) -> str:
-    """Return a clip's heading, and its worst, median and best frame by IoU, else first to last."""
-    scored = sorted((row for row in rows if known(row.get("iou"))), key=lambda row: row["iou"])
-    words = ("Worst", "Median", "Best") if scored else ("First", "Middle", "Last")
-    chosen = scored or rows
-    figures = ""
-    for place, word in dict(zip((0, len(chosen) // 2, len(chosen) - 1), words)).items():
-        row, memory = chosen[place], io.BytesIO()
-        small = Image.fromarray(picture(row["index"]))
-        small.thumbnail((480, 480), Image.Resampling.BOX)
-        small.save(memory, "JPEG", quality=80)  # about 30 kB
-        source = base64.b64encode(memory.getvalue()).decode("ascii")
-        caption = f"{word}: frame {escape(str(row['frame']))}"
-        if scored:
-            caption += f" <span>IoU {number(row['iou'])}, F {number(row.get('F'))}</span>"
-        figures += (f'<figure><img alt="{escape(clip)}, {word.lower()} frame" src="data:image/jpeg;'
-                    f'base64,{source}"><figcaption>{caption}</figcaption></figure>\n')
-    heading = f'{escape(clip)} <span class="quiet">{len(rows)} frames</span>'
-    return (f'<h3 id="clip-{rows[0]["index"]}">{heading}</h3>\n'
-            f'<div class="frames">\n{figures}</div>')
+def show_clip(rows: Sequence[dict], scores: dict | None) -> str:
+    """Return HTML of a clip: its overlay, its scores, and which frame has the lowest IoU."""
+    clip, said = escape(rows[0]["clip"]), f"{len(rows)} frames"
+    scored = [row for row in rows if row["iou"] is not None]
+    if scores and scored:
+        worst = min(scored, key=lambda row: row["iou"])
+        said += f"; {say_scores(scores)}; worst: frame {worst['frame']}, {worst['iou']:.3f}"
+    source = escape(quote(f"overlays/{rows[0]['clip']}.gif"))
+    return (f'<figure><img loading="lazy" alt="Overlay of {clip}" src="{source}">'
+            f"<figcaption><strong>{clip}</strong> {escape(said)}</figcaption></figure>")
 
 
 def log(tracker, out: Path, metadata: dict, name: str, split: str, source: Source,

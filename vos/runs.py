@@ -1,4 +1,4 @@
-"""The run folder: its command, its log, its checkpoints, its pictures."""
+"""The run folder: its command, its log, its checkpoints; going on with one that was stopped."""
 import argparse
 import contextlib
 import io
@@ -7,6 +7,7 @@ import math
 import os
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -54,16 +55,6 @@ def open_run(out: Path, command: dict, overwrite: bool, inputs: Sequence[Path], 
             raise Stopped(number, f"{text}; go on with: {again}") from None
 
 
-def code_revision() -> str:
-    """Return the commit of these scripts, "+changes" when files differ from it; "" outside git."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
-    try:
-        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True,
-                              text=True).stdout.strip()
-    except OSError:  # git is not installed
-        return ""
-
-
 def describe_command(args: argparse.Namespace, recipe: dict, folders: list[FeatureFolder],
                      used: list[str]) -> dict:
     """Return what args.json holds, with the full names of artifacts, `used`, to go on with."""
@@ -73,10 +64,40 @@ def describe_command(args: argparse.Namespace, recipe: dict, folders: list[Featu
     for key in ("features", "val_features"):
         if str(plain[key]).startswith("wandb:"):
             plain[key] = f"wandb:{next(names)}"
-    return {"command": sys.argv, "args": plain, "recipe": recipe, "code": code_revision(),
+    describe = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+    code = ""  # where git is not installed
+    with contextlib.suppress(OSError):
+        code = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True,
+                              text=True).stdout.strip()
+    return {"command": sys.argv, "args": plain, "recipe": recipe, "code": code,
             "features": {str(folder.path): folder.meta["sha256"] for folder in folders},
             "started": time.strftime("%Y-%m-%d %H:%M:%S"),
             "versions": {"python": sys.version, "torch": torch.__version__}}
+
+
+def recall(run: Path, parser: argparse.ArgumentParser, given: argparse.Namespace,
+           may_change: Sequence[str]) -> argparse.Namespace:
+    """Return a run's arguments parsed anew, with those of `may_change` as `given`. BadInput."""
+    file, flags = run / "args.json", []
+    saved = read_json(file)
+    try:
+        for name, value in {**saved["args"], **saved["recipe"], "out": run}.items():
+            flag = "--" + name.replace("_", "-")
+            if value is True:
+                flags.append(flag)
+            elif value is not None and value is not False:
+                flags.append(f"{flag}={','.join(value) if isinstance(value, list) else value}")
+        args = parser.parse_args(flags)
+    except (BadInput, TypeError, KeyError) as error:
+        raise BadInput(f"{file}: is not what train.py writes ({error})") from error
+
+    for name, value in vars(given).items():
+        if name in may_change:
+            setattr(args, name, value)
+        elif value not in (parser.get_default(name), getattr(args, name)):
+            raise BadInput(f"{file}: the run has --{name.replace('_', '-')} {getattr(args, name)}, "
+                           f"not {value}; leave the flag out, or start another run")
+    return args
 
 
 def append_log(out: Path, row: dict) -> None:
@@ -95,8 +116,7 @@ def read_log(out: Path) -> list[dict]:
         lines = handle.read().split(b"\n")[:-1]  # the last: cut short by a kill
     with contextlib.suppress(ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
         rows = [json.loads(line) for line in lines]
-        finite = all(math.isfinite(row["loss"] + row.get("val_iou", 0)) for row in rows)
-        if finite and all(type(row["step"]) is int for row in rows):
+        if all(math.isfinite(row["step"] + row["loss"] + row.get("val_iou", 0)) for row in rows):
             return rows
     raise BadInput(f"{file}: expected JSON with a step and a loss in each line; remove the damaged "
                    "lines")
@@ -115,14 +135,20 @@ def find_end(rows: list[dict]) -> dict:
     return end
 
 
-def say_end(end: dict) -> str:
-    """Say in words what `find_end` found."""
-    if not end:
-        return "its log has no lines"
-    if "val_iou" not in end:
-        return f"loss {end['loss']:.4f} at the last step"
-    return (f"val IoU {end['best_val_iou']:.4f} at step {end['best_step']}, its best; "
-            f"{end['val_iou']:.4f} at the last step")
+def spread(ends: Sequence[dict], key: str) -> str:
+    """Return the mean of a value, and of several its sample standard deviation; "-" of none."""
+    values = [end[key] for end in ends if key in end]
+    text = f"{statistics.fmean(values):.4f}" if values else "-"
+    return f"{text} +- {statistics.stdev(values):.4f}" if len(values) > 1 else text
+
+
+def say_end(*ends: dict) -> str:
+    """Say in words what `find_end` found of a training, or of several."""
+    if "val_iou" not in ends[0]:
+        return f"loss {spread(ends, 'loss')} at the last step"
+    best = "each one's best step" if len(ends) > 1 else f"step {ends[0]['best_step']}, its best"
+    return (f"val IoU {spread(ends, 'best_val_iou')} at {best}; {spread(ends, 'val_iou')} at the "
+            "last step")
 
 
 def save_checkpoint(path: Path, value: dict) -> None:
@@ -135,15 +161,14 @@ def save_checkpoint(path: Path, value: dict) -> None:
 
 def load_checkpoint(path: Path, keys: set[str]) -> dict:
     """Read a dict with at least `keys`. Raises BadInput for another, or one that is damaged."""
-    with opened(path) as file:
+    with opened(path) as file, warnings.catch_warnings(action="ignore"):
         try:
             with zipfile.ZipFile(file) as archive:  # torch packs nothing: packed, it is a bomb
                 size = sum(entry.file_size for entry in archive.infolist())
                 if size > os.fstat(file.fileno()).st_size or archive.testzip():
                     raise ValueError("its checksums or sizes are wrong")
             file.seek(0)
-            with warnings.catch_warnings(action="ignore"):
-                value = torch.load(file, map_location="cpu", weights_only=True)
+            value = torch.load(file, map_location="cpu", weights_only=True)
             if keys - value.keys():
                 raise ValueError(f"it lacks {', '.join(sorted(keys - value.keys()))}")
         except Exception as error:  # damaged bytes raise every kind
@@ -158,18 +183,36 @@ def save_state(out: Path, parts: dict, state: dict) -> None:
     save_checkpoint(out / "last.pt", {**saved, "run": state})
 
 
+def load_state(out: Path, parts: dict, state: dict, write: bool) -> dict:
+    """Put `parts` back as last.pt has them; return its counters. write: cut the log to them."""
+    if (out / "last.pt").exists():
+        saved = load_checkpoint(out / "last.pt", {*parts, "run"})
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+            state = {name: type(value)(saved["run"][name]) for name, value in state.items()}
+            state["losses"] = [loss.float() for loss in state["losses"]]
+        except Exception as error:  # a damaged state can break what loads it in any way
+            reason = " ".join(str(error).split())[:200]
+            raise BadInput(f"{out / 'last.pt'}: does not fit this run ({reason}); remove it to go "
+                           "on from the start") from error
+    if write:
+        rows = [row for row in read_log(out) if row["step"] < state["step"]]
+        write_text(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    return state
+
+
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """Yield a list that Ctrl-C, SIGTERM and SIGHUP are added to, so that a loop can save first."""
     noted: list[int] = []
-    names = {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal))
-    before = {name: signal.signal(getattr(signal, name), lambda number, _: noted.append(number))
-              for name in names}
+    kinds = signal.valid_signals() & {1, 2, 15}  # SIGHUP, not on Windows, SIGINT, SIGTERM
+    before = [signal.signal(kind, lambda number, _: noted.append(number)) for kind in kinds]
     try:
         yield noted
     finally:
-        for name, handler in before.items():
-            signal.signal(getattr(signal, name), handler)
+        for kind, handler in zip(kinds, before):
+            signal.signal(kind, handler)
 
 
 def write_overlay(file: Path, folder: FeatureFolder, row: int, prediction: np.ndarray,
