@@ -21,7 +21,7 @@ import torch
 
 import data
 import models
-from vos import cli, clips, featurizers, results, sources, video
+from vos import cli, clips, featurizers, results, sources
 from vos.inputs import BadInput
 from vos.layers import count_flops
 from vos.metrics import MEASURES, PROTOCOLS
@@ -57,7 +57,6 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--protocol", choices=PROTOCOLS, default="all", help="frames that J and F "
                        "are over: all, or davis2016 without each clip's first and last")
     group.add_argument("--no-pictures", action="store_true", help="no report and no overlays")
-    group.add_argument("--video", choices=["gif", "mp4", "none"], default="gif", help="of overlays")
     cli.add_run_flags(parser)
     args = parser.parse_args()
 
@@ -259,8 +258,6 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     threads = args.threads or os.cpu_count() or 2
     device = cli.choose_device(args.device)
-    if args.video == "mp4" and not args.no_pictures:
-        video.find_ffmpeg()
 
     # open what the flags name, and check that it fits together
     used: list[str] = []
@@ -304,9 +301,8 @@ def main() -> None:
         if doubts and (args.masks or own_clip):
             results.write_unsure(place / "draw", source.frames[unsure], files[unsure], meaning)
         if not args.no_pictures:
-            facts, curve = metadata | {"command": command}, scored / "curves.svg"
-            results.write_pictures(place, name, source, files, meaning, rows, scores, facts,
-                                   args.video, curve)
+            results.write_pictures(place, name, source, files, meaning, rows, scores,
+                                   metadata | {"command": command})
         if log:
             split = args.split or "val"
             results.log(log, place, metadata, name, split, source, files, rows, scores)

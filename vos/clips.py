@@ -3,6 +3,8 @@ import argparse
 import itertools
 import os
 import re
+import subprocess
+import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,12 +12,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageSequence
 
-from vos.images import IMAGES, image_file, read_image
+from vos.images import IMAGES, PIXELS_LIMIT, image_file, read_image
 from vos.inputs import BadInput, inside, is_name, opened, read_paths
-from vos.video import VIDEOS, read_video
 
+VIDEOS = {".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".gif", ".apng"}
 KINDS = {"1": "1-bit", "L": "grey", "LA": "grey", "P": "indexed", "PA": "indexed",
          "RGB": "colour", "RGBA": "colour"}
 LABELS = 32  # grey masks of values up to this number the objects; brighter values are shades
@@ -53,13 +55,13 @@ def find_frames(data: Path, split: str | None = None, masks: Path | None = None)
         if not images or len(annotations) not in (0, len(images)):
             raise BadInput(f"{file}: {len(images)} frames (raw) but {len(annotations)} "
                            "annotations; expected one of each, or no annotations")
-        frames = make_frames(data, images, annotations or [None] * len(images))
+        frames = make_frames(images, annotations or [None] * len(images))
     elif (data / "JPEGImages").is_dir() or (data / "ImageSets").is_dir():
         frames = find_davis(data, split)
     else:
         folders = sorted(filter(Path.is_dir, data.iterdir()), key=natural)
         images = [image for folder in folders for image in images_in(folder)] or images_in(data)
-        frames = make_frames(data, images, [None] * len(images))
+        frames = make_frames(images, [None] * len(images))
     if not frames:
         raise BadInput(f"{data}: holds no frames; expected at least one")
 
@@ -85,26 +87,21 @@ def find_davis(root: Path, split: str | None) -> list[Frame]:
         image, *masks = [inside(root, part.lstrip("/"), file) for part in line.split()]
         found = [image]
         if not masks and not image.suffix:
-            frames = root / "JPEGImages/480p" / image.name
-            found = images_in(frames) if frames.is_dir() else []
+            found = images_in(root / "JPEGImages/480p" / image.name)
             folder = root / "Annotations/480p" / image.name
             # test-dev has the first frame's mask alone, which is for other contests
-            if folder.is_dir() and len(images_in(folder)) >= min(2, len(found)):
+            if len(images_in(folder)) >= min(2, len(found)):
                 masks = [folder / f"{frame.stem}.png" for frame in found]
         if not found or len(masks) > len(found):
             raise BadInput(f"{file}: {line[:200]!r} is no clip with frames, nor a frame and a mask")
         images += found
         annotations += masks or [None] * len(found)
-    return make_frames(root, images, annotations)
+    return make_frames(images, annotations)
 
 
-def make_frames(root: Path, images: list[Path], annotations: Iterable[Path | None]) -> list[Frame]:
-    """Return a Frame for each image; its clip is its folder, by its path where names are shared."""
-    folders = {image.parent for image in images}
-    clips = {folder: os.path.basename(os.path.abspath(folder)) for folder in folders}
-    if len(set(clips.values())) < len(clips):
-        clips = {folder: "-".join(folder.relative_to(root).parts) for folder in folders}
-    return [Frame(clips[image.parent], image.stem, image, annotation)
+def make_frames(images: list[Path], annotations: Iterable[Path | None]) -> list[Frame]:
+    """Return a Frame for each image; its clip is called as its folder."""
+    return [Frame(os.path.basename(os.path.abspath(image.parent)), image.stem, image, annotation)
             for image, annotation in zip(images, annotations)]
 
 
@@ -126,8 +123,8 @@ def pair_masks(frames: list[Frame], folder: Path) -> list[Frame]:
 
 
 def images_in(folder: Path) -> list[Path]:
-    """Return the image files of a folder, frame2 before frame10."""
-    return [path for path in sorted(folder.iterdir(), key=natural)
+    """Return the image files of a folder, frame2 before frame10; none where it is no folder."""
+    return [path for path in sorted(folder.glob("*"), key=natural)
             if path.suffix.lower() in IMAGES and not path.name.startswith(".")]
 
 
@@ -153,14 +150,13 @@ def check_frames(frames: list[Frame], threads: int = 4) -> list[tuple[int, int]]
 
 
 def parse_views(text: str) -> list[str]:
-    """Parse "zoom1.5,zoom0.7" (argparse type): zoom and a factor of 0.25 to 4, not 1."""
-    views = text.split(",")
-    zooms = [re.fullmatch(r"zoom(\d(?:\.\d{1,6})?)", view) for view in views]
-    fit = all(zoom and 0.25 <= float(zoom[1]) <= 4 and float(zoom[1]) != 1 for zoom in zooms)
-    if not fit or len(set(views)) < len(views):
-        raise argparse.ArgumentTypeError("expected zoom and a factor from 0.25 to 4, such as "
-                                         f"zoom1.5, each once, found {text!r}")
-    return views
+    """Parse "zoom1.5,zoom0.7" (argparse type): zoom and a factor of 0.25 to 4."""
+    for view in text.split(","):
+        zoom = re.fullmatch(r"zoom(\d(\.\d{1,6})?)", view)
+        if not zoom or not 0.25 <= float(zoom[1]) <= 4:
+            raise argparse.ArgumentTypeError("expected zoom and a factor from 0.25 to 4, such as "
+                                             f"zoom1.5, found {view!r}")
+    return list(dict.fromkeys(text.split(",")))
 
 
 def show(pixels: np.ndarray, view: str) -> np.ndarray:
@@ -187,14 +183,50 @@ def read_images(frames: list[Frame], threads: int = 2) -> Iterator[np.ndarray]:
         return
     position = 1 << 62  # of the frame that `images` yields next
     for frame in frames:
-        number = frame.number or 0
-        if number < position:  # a view of the clip has it decoded from the start
+        if frame.number < position:  # a view of the clip has it decoded from the start
             images, position = read_video(frame.image), 0
-        image = next(itertools.islice(images, number - position, None), None)
+        image = next(itertools.islice(images, frame.number - position, None), None)
         if image is None:
-            raise BadInput(f"{frame.image}: is shorter than it was; expected frame {number}")
-        position = number + 1
+            raise BadInput(f"{frame.image}: is shorter than it was; expected frame {frame.number}")
+        position = frame.number + 1
         yield show(image, frame.view)
+
+
+def read_video(path: Path) -> Iterator[np.ndarray]:
+    """Yield all frames of a video once, uint8 [H, W, 3], turned as it says. Raises BadInput."""
+    if path.suffix.lower() in (".gif", ".apng"):
+        with image_file(path) as animation, opened(path) as file:
+            file.seek(-8, os.SEEK_END)
+            if not file.read().endswith((b";", b"IEND\xaeB`\x82")):  # GIF's and PNG's last bytes
+                raise BadInput(f"{path}: is cut short; expected a whole video")
+            for image in ImageSequence.Iterator(animation):
+                yield np.array(image.convert("RGB"))
+        return
+
+    try:
+        import imageio_ffmpeg
+        ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
+    except (ImportError, RuntimeError) as error:
+        raise BadInput(f"{path}: needs ffmpeg, found none; run `pip install imageio-ffmpeg`, "
+                       "or use a GIF, or a folder of frames") from error
+    # imageio-ffmpeg overlooks ffmpeg's exit status; ffmpeg, unless told, opens lists of other files
+    source = ["-protocol_whitelist", "file", "-format_whitelist", "mov,matroska,avi",
+              "-max_pixels", str(PIXELS_LIMIT), "-i", f"file:{path}", "-map", "0:V:0"]
+    frames = ["-fps_mode", "passthrough", "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24"]
+    command = [ffmpeg, "-nostdin", "-v", "error", "-xerror", *source, *frames, "pipe:1"]
+    with opened(path), tempfile.TemporaryFile() as log:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as process:
+            while process.stdout.readline() == b"P6\n":  # a PPM a frame: kind, size, 255, pixels
+                width, height = map(int, process.stdout.readline().split())
+                process.stdout.readline()
+                pixels = process.stdout.read(height * width * 3)
+                if len(pixels) == height * width * 3:
+                    yield np.frombuffer(pixels, np.uint8).reshape(height, width, 3).copy()
+        log.seek(0)
+        said = " ".join(log.read().decode("utf-8", "replace").split())[-300:]
+    if process.returncode or "ended prematurely" in said:
+        raise BadInput(f"{path}: cannot be decoded as a whole video ({said}); expected at most "
+                       f"{PIXELS_LIMIT:,} pixels a frame; copy it anew, or pass a folder of frames")
 
 
 def decide_meaning(files: Sequence[Path | None], threads: int = 4,

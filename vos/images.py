@@ -1,8 +1,8 @@
-"""One image file: a frame decoded as a viewer shows it."""
+"""Image files: decoded as a viewer shows them, and written, GIFs too."""
 import contextlib
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -44,3 +44,13 @@ def write_image(path: Path, pixels: np.ndarray, **options) -> None:
     options.setdefault("format", Image.registered_extensions().get(path.suffix.lower()))
     Image.fromarray(pixels).save(memory, **options)
     path.write_bytes(memory.getvalue())
+
+
+def write_gif(path: Path, images: Iterable[np.ndarray], fps: float) -> None:
+    """Write images, uint8 [H, W, 3], as a looping GIF, the first's size, at most 480, for all."""
+    pictures = map(Image.fromarray, images)
+    first = next(pictures)
+    first.thumbnail((480, 480))
+    rest = [picture.resize(first.size, Image.Resampling.BILINEAR) for picture in pictures]
+    write_image(path, np.asarray(first), save_all=True, append_images=rest, loop=0,
+                duration=1000 / fps)

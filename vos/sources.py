@@ -17,7 +17,6 @@ from vos.folder import FORMAT, FeatureFolder, array_name, list_arrays, open_feat
 from vos.inputs import BadInput, inside, sha256
 from vos.layers import count_flops
 from vos.outputs import beside, new_folder, write_json
-from vos.video import VIDEOS
 
 WINDOW = 256  # frames that are featurized, and whose cues are found, at a time
 
@@ -62,7 +61,7 @@ def open_folder(folder: FeatureFolder, root: Path | None, needs_frames: bool,
     """
     meta, listed = folder.meta, folder.path / "paths.json"
     root = root or Path(meta["data"])
-    is_video = root.suffix.lower() in VIDEOS
+    is_video = root.suffix.lower() in clips.VIDEOS
     raw, masked = folder.paths["raw"], folder.paths.get("annotation")
     frames = []
     for row in range(folder.frames):
