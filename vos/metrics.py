@@ -18,36 +18,31 @@ def score_frame(prediction: np.ndarray, mask: np.ndarray) -> tuple[float | None,
 
     Takes 0.3 ms a frame of 480x854 on one core; tests/reference_metrics.py, plain, takes 9.6.
     """
-    packed = np.packbits([prediction, mask], axis=2)
-    intersection, union = (int(np.bitwise_count(bits).sum(dtype=np.uint32))
-                           for bits in (packed[0] & packed[1], packed[0] | packed[1]))
-    if not union:
+    union = prediction | mask
+    rows, columns = np.flatnonzero(union.any(axis=1)), np.flatnonzero(union.any(axis=0))
+    if not len(rows):
         return None, 1.0, 1.0
-    F = _f_measure(packed[0], packed[1], mask.shape[1])
-    return intersection / union, intersection / union, F
+
+    # Only the box that holds both matters, one row and one column wider on each side.
+    top, left = max(rows[0] - 1, 0), max(columns[0] - 1, 0)
+    box = np.s_[top:rows[-1] + 2, left:columns[-1] + 2]
+    both = np.stack([prediction[box], mask[box]])
+    iou = np.count_nonzero(both[0] & both[1]) / np.count_nonzero(union[box])
+    return iou, iou, _f_measure(both, math.ceil(BOUND_TH * math.hypot(*mask.shape)))
 
 
-def _f_measure(prediction: np.ndarray, mask: np.ndarray, width: int) -> float:
+def _f_measure(masks: np.ndarray, radius: int) -> float:
     """Return 2 P R / (P + R) of the shares of each boundary near the other; 1 without any.
 
-    prediction, mask: uint8 [H, ceil(width / 8)], not both empty, rows from `np.packbits`.
+    masks: the prediction and the mask, bool [2, h, w].
     """
-    both = prediction | mask
-    rows, columns = np.flatnonzero(both.any(axis=1)), np.flatnonzero(both.any(axis=0))
-    # Only the box that holds both matters, one row and one byte wider on each side.
-    top, bottom = max(rows[0] - 1, 0), rows[-1] + 2
-    left, right = max(columns[0] - 1, 0), columns[-1] + 2
-    box = np.stack([prediction[top:bottom, left:right], mask[top:bottom, left:right]])
-    box = np.unpackbits(box, axis=-1)[:, :, :width - 8 * left]
-
     # A boundary is the toolkit's `seg2bmap`: what differs from its east, south or south-east.
-    wide = np.pad(box, ((0, 0), (0, 1), (0, 1)), mode="edge")
-    found = (box ^ wide[:, :-1, 1:]) | (box ^ wide[:, 1:, :-1]) | (box ^ wide[:, 1:, 1:])
+    wide = np.pad(masks, ((0, 0), (0, 1), (0, 1)), mode="edge")
+    found = (masks ^ wide[:, :-1, 1:]) | (masks ^ wide[:, 1:, :-1]) | (masks ^ wide[:, 1:, 1:])
 
     # Each becomes one long integer, whose rows end in at least `radius` zero bits.
-    radius = math.ceil(BOUND_TH * math.hypot(len(mask), width))
-    stride = -(-(box.shape[2] + radius) // 8) * 8
-    boundaries = np.pad(found, ((0, 0), (0, 0), (0, stride - box.shape[2])))
+    stride = -(-(masks.shape[2] + radius) // 8) * 8
+    boundaries = np.pad(found, ((0, 0), (0, 0), (0, stride - masks.shape[2])))
     ours, theirs = (int.from_bytes(np.packbits(each).tobytes()) for each in boundaries)
     if not (ours and theirs):
         return float(ours == theirs)
