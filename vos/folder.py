@@ -1,11 +1,9 @@
 """The feature folder on disk: written by featurize.py, checked by whoever reads it.
 
-    features/<featurizer>-<split>/
-        features.npy     [N, C, h, w], float16 or float32; several levels: features.<level>.npy
-        cues.<level>.npy [N, 4, h, w], float16: what the whole clip tells about each position
-        masks.npy        [N, H, ceil(W / 8)] uint8, np.packbits along W; absent without annotations
-        paths.json       {"raw": {"0": path, ...}, "annotation": {...}}, relative to meta's "data"
-        meta.json        everything else, see docs/formats.md
+    features.npy      [N, C, h, w], float16 or float32; several levels: features.<level>.npy
+    cues.<level>.npy  [N, 4, h, w], float16: what the whole clip tells about each position
+    masks.npy         [N, H, ceil(W / 8)] uint8, np.packbits along W; absent without annotations
+    paths.json, meta.json: see docs/formats.md
 
 N rows: all frames, then all frames again for each view; C channels, h w grid, H W mask.
 """
@@ -97,9 +95,9 @@ def open_features(path: str | Path) -> FeatureFolder:
             raise BadInput(f"{file}: holds {array.dtype} {list(array.shape)}, but meta.json says "
                            f"{'/'.join(dtypes)} {list(shape)}; {AGAIN}")
 
-    found, rows = {name: len(column) for name, column in paths.items()}, len(meta["clips"])
-    if set(found.values()) != {rows} or "raw" not in found:
-        raise BadInput(f"{path / 'paths.json'}: has {found}, not {rows} paths in 'raw'; {AGAIN}")
+    rows = len(meta["clips"])
+    if "raw" not in paths or any(len(column) != rows for column in paths.values()):
+        raise BadInput(f"{path / 'paths.json'}: expected {rows} paths in each column; {AGAIN}")
 
     shapes = {level: (c, h, w) for level, (c, h, w) in meta["levels"].items()}
     looks = 1 + len(meta["views"])

@@ -13,41 +13,25 @@ from vos.images import write_image
 from vos.outputs import new_folder, write_json, write_text
 
 
-def make_background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Return noise [height, width, 3] in 0..255 with four plain patches in it."""
-    image = np.zeros((height, width, 3))
-    for cells, share in ((3, 0.6), (8, 0.3), (24, 0.1)):
-        grid = Image.fromarray(rng.integers(0, 256, (cells, 2 * cells, 3), np.uint8))
-        image += share * np.asarray(grid.resize((width, height), Image.Resampling.BICUBIC))
-    for side in rng.integers(height // 8, height // 3, 4):
-        top, left = rng.integers(0, (height - side, width - side))
-        image[top:top + side, left:left + side] = rng.uniform(0.4, 1) * rng.uniform(90, 255, 3)
-    return image
-
-
 def make_clip(seed: int, frames: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Return frames uint8 [N, H, W, 3] of a moving object, and its exact masks bool [N, H, W]."""
     rng = np.random.default_rng(seed)
-    background = make_background(rng, height, width + width // 4)
-    radius, scale = height * rng.uniform((0.22, 0.008), (0.30, 0.012))  # pixels; pixels of a radian
-    colour, phase, spin = rng.uniform(90, 255, 3), rng.uniform(0, 6, 2), rng.uniform(-0.08, 0.08)
-    hidden = max(1, frames // 10) if frames > 3 else 0
-    gone = rng.integers(1, frames - hidden) if hidden else 0
+    coarse = Image.fromarray(rng.integers(0, 256, (8, 20, 3), np.uint8))
+    wide = coarse.resize((width + width // 4, height), Image.Resampling.BICUBIC)
+    colour, angles = rng.uniform(90, 255, 3), rng.uniform(0, 6, 2)
+    radius, stripe = height * rng.uniform((0.22, 0.03), (0.30, 0.06))  # in pixels
 
     images = np.empty((frames, height, width, 3), np.uint8)
     masks = np.zeros((frames, height, width), bool)
     y, x = np.mgrid[:height, :width]
     for t, share in enumerate(np.linspace(0, 1, frames)):
-        image = background[:, int(share * width / 4):][:, :width]  # the camera pans
-        if not gone <= t < gone + hidden:
-            centre = (width + 1j * height) / 2 + 0.2 * height * np.exp(1j * (phase[0] + 3 * share))
-            place = (x + 1j * y - centre) * np.exp(1j * spin * t)  # of a pixel, seen by the object
-            squash = 0.3 * np.sin(phase[1] + 4 * share)
-            masks[t] = np.abs(place + squash * place.conj()) < radius  # an ellipse
-
-            u, v = np.sin(place.real / scale), np.sin(place.imag / scale)
-            wave = (u, 2 * u * v, u + v - 0.8)[seed % 3]  # stripes, a checker, dots
-            paint = np.clip(0.6 + wave, 0.2, 1)[..., None] * colour
+        left = int(share * width / 4)  # the camera pans
+        image = np.asarray(wide)[:, left:left + width]
+        if t % 10 != 3:  # else it is hidden
+            u = x - width / 2 - 0.2 * height * np.cos(angles[0] + 3 * share)
+            v = y - height / 2 - 0.2 * height * np.sin(angles[0] + 3 * share)
+            masks[t] = np.hypot(u, v * (1 + 0.3 * np.sin(angles[1] + 4 * share))) < radius
+            paint = (0.7 + 0.3 * np.sin(6 * u / stripe))[..., None] * colour
             image = np.where(masks[t, ..., None], paint, image)
         images[t] = np.clip(image + rng.normal(0, 4, (height, width, 1)), 0, 255)
     return images, masks
