@@ -157,7 +157,9 @@ def predict_clips(files: dict[str, Path], features: data.Features, source: sourc
         given = [row for row in range(first, stop) if drawn.frames[row].annotation]
         file = files.get(source.frames[first].clip) or files[""]
         decoder = models.load_model(file, features.folder.size, shapes)[0].to(features.device)
-        tuned = adapt_to_clip(decoder, features, index, given, drawn, adapts)
+        steps = decoder.drawn_steps if given else decoder.adapt_steps
+        steps = steps if adapts is None else adapts
+        tuned = adapt(decoder, features, index, *pool_drawn(decoder, given, drawn), steps)
         for row, pixels in enumerate(models.predict(tuned, features, index, 16, shown), first):
             mask = drawn.mask(row)
             if mask is None:
@@ -166,19 +168,15 @@ def predict_clips(files: dict[str, Path], features: data.Features, source: sourc
             yield pixels.cpu().numpy() if mask is None else mask * np.uint8(255)
 
 
-def adapt_to_clip(decoder: models.Decoder, features: data.Features, index: torch.Tensor,
-                  given: list[int], drawn: sources.Source, steps: int | None) -> models.Decoder:
-    """Return the decoder adapted to a clip, rows `index`, of which the rows `given` are drawn."""
-    steps = (decoder.drawn_steps if given else decoder.adapt_steps) if steps is None else steps
-    if not steps:
-        return decoder
+def pool_drawn(decoder: models.Decoder, given: list[int],
+               drawn: sources.Source) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rows that are drawn, int64 [m], and their targets [m, gh, gw]."""
     masks = np.zeros((len(given), *decoder.size), bool)
     for mask, row in zip(masks, given):
         mask[:] = clips.resize(drawn.mask(row), decoder.size)
     packed = torch.from_numpy(np.packbits(masks, axis=2))
-    alone = data.Features([], [], features.device, torch.arange(len(given)), packed)
-    targets = data.pool_masks(alone, decoder.cells)
-    return adapt(decoder, features, index, torch.tensor(given, dtype=torch.long), targets, steps)
+    alone = data.Features([], [], decoder.area.device, torch.arange(len(given)), packed)
+    return torch.tensor(given, dtype=torch.long), data.pool_masks(alone, decoder.cells)
 
 
 def check_flags(args: argparse.Namespace, decoder: models.Decoder) -> bool:

@@ -15,45 +15,37 @@ LIMIT = 4.0  # logits beyond this are sure enough
 
 def adapt(decoder, features, index: torch.Tensor, drawn: torch.Tensor, targets: torch.Tensor,
           steps: int):
-    """Return a copy trained on one clip, whose rows of `features` are `index`, int64 [n].
+    """Return a copy trained a little on one clip, whose rows of `features` are `index`, int64 [n].
 
-    It learns from the positions that it is sure of and, where some rows are `drawn`, int64 [m],
-    from their masks: the share of foreground in each cell, `targets` [m, gh, gw].
+    Where rows are `drawn`, int64 [m], it learns their masks: the share of foreground in each cell,
+    `targets` [m, gh, gw]. Else it learns the positions that it is sure of itself.
     """
-    rounds, guessed, rate = (2, 6, 2e-3) if len(drawn) else (1, 8, 5e-4)
-    tuned = copy.deepcopy(decoder)
+    tuned = copy.deepcopy(decoder).train()
     vars(tuned).update(hide=0.0, lose=0.0)  # hides no cues or features; still drops components
-    optimizer = torch.optim.AdamW(tuned.parameters(), rate, weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(tuned.parameters(), 5e-4, weight_decay=0.01, fused=True)
+    if steps and not len(drawn):
+        with torch.no_grad():
+            logits = [decoder(features.batch(part)).float() for part in index.split(16)]
+        probability = torch.sigmoid(torch.cat(logits))  # [n, gh, gw]
+        guess = (probability > 0.5).float()
+        sure = ((probability > 0.8) | (probability < 0.2)).float()
 
     for step in range(steps):
-        if step % -(-steps // rounds) == 0:  # a round learns from what the last made of the clip
-            probability = torch.sigmoid(look(tuned, features, index))  # [n, gh, gw]
-            target = (probability > 0.5).float()
-            sure = ((probability > 0.8) | (probability < 0.2)).float()
-            tuned.train()
-
         torch.manual_seed(step)
-        chosen = torch.randperm(len(index))[:guessed]
-        given = torch.randperm(len(drawn))[:2]
-        output = tuned(features.batch(torch.cat([index[chosen], drawn[given]])))
-        guesses, shown = output.split([len(chosen), len(given)])
-        loss = F.binary_cross_entropy_with_logits(guesses, target[chosen], reduction="none")
-        loss = (loss * sure[chosen]).mean()
         if len(drawn):
-            loss = loss / 2 + decoder.loss(shown, targets[given]).mean()
-            for group in optimizer.param_groups:
-                group["lr"] = rate * (1 - step / steps)
+            chosen = torch.randint(len(drawn), (2,))
+            loss = decoder.loss(tuned(features.batch(drawn[chosen])), targets[chosen]).mean()
+            for group in optimizer.param_groups:  # rises for a tenth of the steps, then falls
+                group["lr"] = 4e-3 * min(1, 10 * (step + 1) / steps) * (1 - step / steps)
+        else:
+            chosen = torch.randperm(len(index))[:8]
+            output = tuned(features.batch(index[chosen]))
+            loss = F.binary_cross_entropy_with_logits(output, guess[chosen], reduction="none")
+            loss = (loss * sure[chosen]).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     return tuned.eval()
-
-
-@torch.no_grad()
-def look(decoder, features, index: torch.Tensor) -> torch.Tensor:
-    """Return the logits of rows `index`, float32 [n, gh, gw]."""
-    decoder.eval()
-    return torch.cat([decoder(features.batch(part)).float() for part in index.split(16)])
 
 
 def guided_probabilities(logits: torch.Tensor, frame: torch.Tensor) -> torch.Tensor:
