@@ -8,10 +8,9 @@ from PIL import Image, ImageFilter
 
 from vos.outputs import write_text
 
-# Readers who see no hue tell these two apart by their lightness.
-FILL = np.array([0, 114, 178], np.uint8)  # the prediction: Okabe-Ito blue, #0072B2
-OUTLINE = np.array([230, 159, 0], np.uint8)  # the truth: Okabe-Ito orange, #E69F00
-# Okabe-Ito for curves, without its yellow, which is hard to see on white
+# Okabe-Ito's colors. Readers who see no hue tell the first two apart by their lightness.
+FILL = np.array([0, 114, 178], np.uint8)  # the prediction: blue, #0072B2
+OUTLINE = np.array([230, 159, 0], np.uint8)  # the truth: orange, #E69F00
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#808080")
 
 
@@ -54,16 +53,15 @@ def write_curves(path: Path, *logs: Sequence[dict], names: Sequence[str] = ("",)
         for name, rows in zip(names, logs):
             points = [f"{60 + 640 * row['step'] / (last or 1):.1f} "
                       f"{top + 140 * (1 - row[key] / high):.1f}" for row in rows if key in row]
-            points += points[-1:]  # so that a single one is drawn, as a dot
             drawn += f'<polyline points="{" ".join(points)}" stroke="{colors[name]}"/>\n'
     for number, name in enumerate(filter(None, colors)):
-        square = f'<tspan fill="{colors[name]}">\u25a0</tspan>'
-        drawn += f'<text x="60" y="{430 + 20 * number}">{square} {escape(name)}</text>\n'
+        drawn += (f'<text x="60" y="{430 + 20 * number}"><tspan fill="{colors[name]}">'
+                  f"\u25a0</tspan> {escape(name)}</text>\n")
     write_text(path, f"""<svg xmlns="http://www.w3.org/2000/svg" role="img"
 viewBox="0 0 720 {420 + 20 * len(colors)}" aria-label="Loss and validation IoU against steps"
 fill="currentColor" font-size="13" font-family="sans-serif"
 style="color-scheme: light dark; color: CanvasText">
-<style>polyline {{ fill: none; stroke-width: 2; stroke-linecap: round }}</style>
+<style>polyline {{ fill: none; stroke-width: 2 }}</style>
 {drawn}<text x="60" y="405">step 0</text>
 <text x="700" y="405" text-anchor="end">step {last}</text>
 </svg>

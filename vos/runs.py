@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import math
-import os
 import shlex
 import signal
 import statistics
@@ -95,8 +94,8 @@ def recall(run: Path, parser: argparse.ArgumentParser, given: argparse.Namespace
         if name in may_change:
             setattr(args, name, value)
         elif value not in (parser.get_default(name), getattr(args, name)):
-            raise BadInput(f"{file}: the run has --{name.replace('_', '-')} {getattr(args, name)}, "
-                           f"not {value}; leave the flag out, or start another run")
+            raise BadInput(f"--{name.replace('_', '-')} {value}: {file} has {getattr(args, name)}; "
+                           "leave the flag out, or start another run")
     return args
 
 
@@ -110,8 +109,6 @@ def append_log(out: Path, row: dict) -> None:
 def read_log(out: Path) -> list[dict]:
     """Return the rows of log.jsonl: step, loss and maybe val_iou of each log point. BadInput."""
     file = out / "log.jsonl"
-    if not file.exists():
-        return []
     with opened(file, 1 << 30) as handle:
         lines = handle.read().split(b"\n")[:-1]  # the last: cut short by a kill
     with contextlib.suppress(ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
@@ -165,15 +162,14 @@ def load_checkpoint(path: Path, keys: set[str]) -> dict:
         try:
             with zipfile.ZipFile(file) as archive:  # torch packs nothing: packed, it is a bomb
                 size = sum(entry.file_size for entry in archive.infolist())
-                if size > os.fstat(file.fileno()).st_size or archive.testzip():
+                if size > path.stat().st_size or archive.testzip():
                     raise ValueError("its checksums or sizes are wrong")
             file.seek(0)
             value = torch.load(file, map_location="cpu", weights_only=True)
             if keys - value.keys():
                 raise ValueError(f"it lacks {', '.join(sorted(keys - value.keys()))}")
         except Exception as error:  # damaged bytes raise every kind
-            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-            raise BadInput(f"{path}: cannot be read as train.py's checkpoint ({reason})") from error
+            raise BadInput(f"{path}: cannot be read as a checkpoint ({error!r:.200})") from error
     return value
 
 
@@ -193,12 +189,12 @@ def load_state(out: Path, parts: dict, state: dict, write: bool) -> dict:
             state = {name: type(value)(saved["run"][name]) for name, value in state.items()}
             state["losses"] = [loss.float() for loss in state["losses"]]
         except Exception as error:  # a damaged state can break what loads it in any way
-            reason = " ".join(str(error).split())[:200]
-            raise BadInput(f"{out / 'last.pt'}: does not fit this run ({reason}); remove it to go "
-                           "on from the start") from error
+            raise BadInput(f"{out / 'last.pt'}: does not fit this run ({error!r:.200}); remove it "
+                           "to go on from the start") from error
     if write:
-        rows = [row for row in read_log(out) if row["step"] < state["step"]]
-        write_text(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        rows = read_log(out) if state["step"] else []
+        kept = (json.dumps(row) + "\n" for row in rows if row["step"] < state["step"])
+        write_text(out / "log.jsonl", "".join(kept))
     return state
 
 
