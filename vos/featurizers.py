@@ -117,10 +117,7 @@ class InvertedResidual(nn.Sequential):
 
 
 class EfficientNetLite(nn.Module):
-    """EfficientNet-Lite0 (Tan and Le, ICML 2019), as ported by ML Illustrated, unclassified.
-
-    `taps` has how many blocks lead to each level.
-    """
+    """EfficientNet-Lite0 (Tan and Le, ICML 2019); `taps` has how many blocks lead to a level."""
 
     mean, std, default = (0.5,) * 3, (0.5,) * 3, ("s32", "s16", "s8")
 
