@@ -300,7 +300,7 @@ def main() -> None:
             results.write_unsure(place / "draw", source.frames[unsure], files[unsure], meaning)
         if not args.no_pictures:
             results.write_pictures(place, name, source, files, meaning, rows, scores,
-                                   metadata | {"command": command})
+                                   metadata | {"command": command}, scored / "curves.svg")
         if log:
             split = args.split or "val"
             results.log(log, place, metadata, name, split, source, files, rows, scores)

@@ -103,7 +103,7 @@ def test_without_annotations_frames_csv_still_names_every_output(made, tmp_path)
     evaluate("--model", made / "run", "--features", made / "test", "--out", out, *PLAIN)
     assert set(os.listdir(out)) == {"outputs", "paths.json", "metadata.json", "frames.csv"}
     rows = (out / "frames.csv").read_text().splitlines()[1:]
-    assert rows == ["0,fox,00000,,,", "1,=fox(),00000,,,"]
+    assert rows == ["0,fox,00000,,,", "1,'=fox(),00000,,,"]
 
 
 def test_frames_of_other_sizes_are_written_scored_and_shown_at_their_own(real, tmp_path):

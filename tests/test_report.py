@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from vos import metrics, results
+from vos.pictures import write_curves
 
 CLIPS = ["clip-10", "clip-9", "<i>&\"nasty\"", "clip 2"]
 # a page around the report's: it asks the report once loaded, and holds the answer
@@ -53,7 +54,10 @@ def page(tmp_path_factory):
     for number, clip in enumerate(CLIPS):
         Image.new("RGB", (40 + number, 30)).save(folder / f"overlays/{clip}.gif")
     facts = {"model": "<b>linear</b>", "command": "python evaluate.py " + "runs/long-name/" * 12}
-    results.write_report(folder / "report.html", "A <report>", *invent(), facts)
+    write_curves(folder / "curves.svg", [{"step": 0, "loss": 2}, {"step": 9, "loss": 1}])
+    curve = (folder / "curves.svg").read_text()
+    results.write_report(folder / "report.html", "A <report>", *invent(), facts, curve)
+    assert curve in (folder / "report.html").read_text() and "polyline" in curve
     return folder / "report.html"
 
 

@@ -42,9 +42,11 @@ def write_outputs(out: Path, predictions: Iterable[np.ndarray], source: Source, 
 def write_scores(out: Path, rows: list[dict], protocol: str) -> dict | None:
     """Write frames.csv, and scores.json when there are scores; return these."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(rows[0])
+    for row in rows:  # what a spreadsheet would run as a formula is quoted
+        writer.writerow(["'" + cell if isinstance(cell, str) and cell[:1] in "=+-@" else cell
+                         for cell in row.values()])
     write_text(out / "frames.csv", text.getvalue())
 
     scored = [row for row in rows if row["J"] is not None]
@@ -57,8 +59,11 @@ def write_scores(out: Path, rows: list[dict], protocol: str) -> dict | None:
 
 
 def write_pictures(out: Path, name: str, source: Source, files: list[Path], meaning: dict[str, str],
-                   rows: list[dict], scores: dict | None, facts: dict) -> None:
-    """Write report.html, and overlays/<clip>.gif of the masks in `files`, which it shows."""
+                   rows: list[dict], scores: dict | None, facts: dict, curve: Path) -> None:
+    """Write report.html, and overlays/<clip>.gif of the masks in `files`, which it shows.
+
+    curve: the training's curves.svg, which is shown too, if it is there.
+    """
     def draw(first: int, stop: int) -> Iterator[np.ndarray]:
         for index, frame in zip(range(first, stop), clips.read_images(source.frames[first:stop])):
             yield overlay(frame, clips.read_mask(files[index], meaning), source.mask(index))
@@ -66,7 +71,8 @@ def write_pictures(out: Path, name: str, source: Source, files: list[Path], mean
     (out / "overlays").mkdir()
     for first, stop in progress(clip_ranges(source.frames), "pictures"):
         write_gif(out / f"overlays/{source.frames[first].clip}.gif", draw(first, stop), 24)
-    write_report(out / "report.html", f"{name}, {date.today()}", rows, scores, facts)
+    drawn = curve.read_text(encoding="utf-8") if curve.is_file() else ""
+    write_report(out / "report.html", f"{name}, {date.today()}", rows, scores, facts, drawn)
 
 
 def write_unsure(out: Path, frame: clips.Frame, file: Path, meaning: dict[str, str]) -> None:
@@ -77,7 +83,7 @@ def write_unsure(out: Path, frame: clips.Frame, file: Path, meaning: dict[str, s
 
 
 def write_report(path: Path, title: str, rows: Sequence[dict], scores: dict | None,
-                 facts: dict) -> None:
+                 facts: dict, curve: str = "") -> None:
     """Write report.html: how well a model segments clips, whose overlays lie beside it."""
     clips: dict[str, list[dict]] = {}
     for row in rows:
@@ -92,6 +98,7 @@ def write_report(path: Path, title: str, rows: Sequence[dict], scores: dict | No
         title=escape(title),
         scores=said,
         clips="\n".join(show_clip(clips[clip], per_clip.get(clip)) for clip in worst_first),
+        curve=curve,
         facts="\n".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>"
                         for name, value in facts.items()),
     ))
