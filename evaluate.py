@@ -9,7 +9,6 @@ with annotations scores.json, and report.html with overlay videos of the clips i
 """
 import argparse
 import math
-import os
 import shlex
 import sys
 import time
@@ -95,7 +94,7 @@ def open_decoders(path: Path) -> tuple[dict[str, Path], dict]:
 
 
 def keep_features(place: Path, source: sources.Source, root: Path, model: dict,
-                  args: argparse.Namespace, device: torch.device, threads: int) -> None:
+                  args: argparse.Namespace, device: torch.device) -> None:
     """Write features of frames, made about as large as the model's were, unless they are there."""
     height, width = source.sizes[0]
     scale = math.sqrt(math.prod(model["size"]) / (height * width))
@@ -114,19 +113,19 @@ def keep_features(place: Path, source: sources.Source, root: Path, model: dict,
         return
     cli.say(f"featurizing {len(frames)} frames at {size[1]} x {size[0]} into {place}, for the next "
             "time too")
-    sources.write_features(place, plan, featurizer, device, threads, args.overwrite, [root])
+    sources.write_features(place, plan, featurizer, device, args.overwrite, [root])
 
 
-def part_drawn(source: sources.Source, masks: Path | None, labels: int | None,
-               threads: int) -> tuple[sources.Source, sources.Source]:
+def part_drawn(source: sources.Source, masks: Path | None,
+               labels: int | None) -> tuple[sources.Source, sources.Source]:
     """Return the source without, and with only, the masks that are given and not to be scored.
 
     masks: a folder of them; labels: so many of each clip's annotations, spread over it.
     """
     if masks:
         frames = clips.pair_masks(source.frames, masks)
-        clips.check_frames(frames, threads)
-        meaning = clips.decide_meaning([frame.annotation for frame in frames], threads)
+        clips.check_frames(frames)
+        meaning = clips.decide_meaning([frame.annotation for frame in frames])
         drawn = source._replace(frames=frames, meaning=meaning, masks=None)
     else:
         if labels and not source.annotated:
@@ -193,7 +192,7 @@ def check_flags(args: argparse.Namespace, decoder: models.Decoder) -> bool:
 
 
 def open_model(args: argparse.Namespace, path: Path, folder_path: Path | None, root: Path | None,
-               out: Path, device: torch.device, threads: int):
+               out: Path, device: torch.device):
     """Return what --model predicts: the source, its masks one by one, doubts, metadata.json."""
     files, model = open_decoders(path)
     decoder = models.load_model(next(iter(files.values())))[0]
@@ -201,20 +200,20 @@ def open_model(args: argparse.Namespace, path: Path, folder_path: Path | None, r
     if folder_path:
         folder = data.open_features(folder_path)
         folder.check_fit(model, args.model, cues)
-        source = sources.open_folder(folder, root, guided or not args.no_pictures, threads)
+        source = sources.open_folder(folder, root, guided or not args.no_pictures)
     else:
-        source = sources.open_frames(root, args.split, None, threads)
+        source = sources.open_frames(root, args.split, None)
     names = {frame.clip for frame in source.frames}
     for clip in sorted(names - files.keys()) if "" not in files else []:
         raise BadInput(f"{path}: no fold held out the clip {clip}; expected one for each clip")
     seen = names & set(model.get("clips", [])) if "" in files else set()
     if seen and source.annotated:
         print(f"note: trained on {len(seen)} of these {len(names)} clips; their scores say little")
-    source, drawn = part_drawn(source, args.masks, args.labels, threads)
+    source, drawn = part_drawn(source, args.masks, args.labels)
 
     if not folder_path:
         folder_path = out.with_name(f"{out.name}-features")
-        keep_features(folder_path, source, root, model, args, device, threads)
+        keep_features(folder_path, source, root, model, args, device)
         folder = data.open_features(folder_path)
     shapes = {level: folder.shapes[level] for level in model["shapes"]}
     features = data.load_features(folder, list(shapes), cues, device, args.resident, labelled=False)
@@ -222,7 +221,7 @@ def open_model(args: argparse.Namespace, path: Path, folder_path: Path | None, r
                      for part in (source, drawn))
 
     doubts: dict[int, float] = {}
-    shown = clips.read_images(source.frames, threads) if guided else None
+    shown = clips.read_images(source.frames) if guided else None
     masks = predict_clips(files, features, source, drawn, shown, args.adapt, doubts)
     decoder = models.load_model(next(iter(files.values())), folder.size, shapes)[0].to(device)
     own = sum(weight.numel() for weight in decoder.parameters())
@@ -254,7 +253,6 @@ def main() -> None:
     mode = cli.wandb_mode(args.wandb)
     if args.threads:
         torch.set_num_threads(args.threads)
-    threads = args.threads or os.cpu_count() or 2
     device = cli.choose_device(args.device)
 
     # open what the flags name, and check that it fits together
@@ -272,16 +270,15 @@ def main() -> None:
     files, meaning = None, {"grey": "above 127"}  # of our own outputs
     doubts: dict[int, float] = {}
     if args.predictions:
-        source = sources.open_frames(root, args.split, args.masks, threads)
+        source = sources.open_frames(root, args.split, args.masks)
         if not source.annotated:
             raise BadInput(f"{root}: has no annotations to score {scored} with; pass --masks")
-        files = sources.find_predictions(scored, source.frames, threads)
-        meaning = clips.decide_meaning(files, threads, predictions=True)
+        files = sources.find_predictions(scored, source.frames)
+        meaning = clips.decide_meaning(files, predictions=True)
         masks = (clips.read_mask(file, meaning) * np.uint8(255) for file in files)
         metadata = {"predictions": given, "meaning": meaning, "frames": len(files)}
     else:
-        source, masks, doubts, metadata = open_model(args, scored, folder, root, out, device,
-                                                     threads)
+        source, masks, doubts, metadata = open_model(args, scored, folder, root, out, device)
     own_clip = bool(args.data and not args.features and not source.annotated)
 
     # predict, write, score, draw
@@ -290,7 +287,7 @@ def main() -> None:
     logged = cli.tracked(mode, job, {**vars(args), "command": command}, used)
     with new_folder(out, "results", args.overwrite, inputs) as place, logged as log:
         started = time.perf_counter()
-        rows = results.write_outputs(place, masks, source, threads, write=not files)
+        rows = results.write_outputs(place, masks, source, write=not files)
         seconds = time.perf_counter() - started
         write_json(place / "metadata.json", metadata)
         scores = results.write_scores(place, rows, args.protocol)

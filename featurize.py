@@ -6,7 +6,6 @@ writes features/alexnet-train/ (features.npy, masks.npy, paths.json, meta.json),
 A run that was stopped goes on, clip by clip, when the same command is given again.
 """
 import argparse
-import os
 import shlex
 import sys
 import time
@@ -54,7 +53,6 @@ def main() -> None:
     mode = cli.wandb_mode(args.wandb)
     if args.threads:
         torch.set_num_threads(args.threads)
-    threads = args.threads or os.cpu_count() or 2
     group, device = distributed.join(cli.choose_device(args.device))
 
     # find the frames, and check them and all else before anything long
@@ -64,7 +62,7 @@ def main() -> None:
     out = args.out or Path("features") / f"{args.featurizer.replace(':', '-')}-{split}"
     inputs = [path for path in (root, args.masks) if path]
     check_output(out, "features", args.overwrite, inputs)
-    source = sources.open_frames(root, args.split, args.masks, threads, args.limit)
+    source = sources.open_frames(root, args.split, args.masks, args.limit)
     if args.views and not source.annotated:
         raise BadInput(f"{root}: has no annotations, and --views are only for training")
     featurizer = featurizers.build_featurizer(args.featurizer, args.levels, args.weights,
@@ -84,8 +82,7 @@ def main() -> None:
     started = time.perf_counter()
     logged = cli.tracked(mode if group.main else "disabled", "featurize", vars(args), used)
     with logged as log:
-        sources.write_features(out, plan, featurizer, device, threads, args.overwrite, inputs,
-                               group)
+        sources.write_features(out, plan, featurizer, device, args.overwrite, inputs, group)
         if log:
             files = {path.name: path for path in out.iterdir()}
             facts = {key: plan.meta[key] for key in ("featurizer", "levels", "weights", "size")}

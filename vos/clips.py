@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image, ImageSequence
 
 from vos.images import IMAGES, PIXELS_LIMIT, image_file, read_image
@@ -133,7 +134,7 @@ def natural(path: Path) -> list:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
 
 
-def check_frames(frames: list[Frame], threads: int = 4) -> list[tuple[int, int]]:
+def check_frames(frames: list[Frame]) -> list[tuple[int, int]]:
     """Decode every frame and mask once, before long work; return each (H, W). Raises BadInput."""
     def check(frame: Frame) -> tuple[int, int]:
         size = video_size or read_image(frame.image).shape[:2]
@@ -146,7 +147,7 @@ def check_frames(frames: list[Frame], threads: int = 4) -> list[tuple[int, int]]
     video_size = None
     if frames[0].number is not None:
         video_size = next(read_video(frames[0].image)).shape[:2]
-    return list(in_threads(check, frames, threads))
+    return list(in_threads(check, frames))
 
 
 def parse_views(text: str) -> list[str]:
@@ -173,13 +174,13 @@ def show(pixels: np.ndarray, view: str) -> np.ndarray:
     return pixels[np.ix_(*index)]
 
 
-def read_images(frames: list[Frame], threads: int = 2) -> Iterator[np.ndarray]:
+def read_images(frames: list[Frame]) -> Iterator[np.ndarray]:
     """Yield every frame, or its view, as uint8 [H, W, 3]; decodes a few frames early."""
     def read(frame: Frame) -> np.ndarray:
         return show(read_image(frame.image), frame.view)
 
     if not frames or frames[0].number is None:
-        yield from in_threads(read, frames, threads)
+        yield from in_threads(read, frames)
         return
     position = 1 << 62  # of the frame that `images` yields next
     for frame in frames:
@@ -229,12 +230,12 @@ def read_video(path: Path) -> Iterator[np.ndarray]:
                        f"{PIXELS_LIMIT:,} pixels a frame; copy it anew, or pass a folder of frames")
 
 
-def decide_meaning(files: Sequence[Path | None], threads: int = 4,
+def decide_meaning(files: Sequence[Path | None],
                    predictions: bool = False) -> Meaning:
     """Return which values are the object, by the table of docs/formats.md. Raises BadInput."""
     paths = list(filter(None, files))
     holders: dict[str, dict[int, Path]] = {}  # kind -> value -> the first mask that holds it
-    for path, (kind, values) in zip(paths, in_threads(mask_values, paths, threads)):
+    for path, (kind, values) in zip(paths, in_threads(mask_values, paths)):
         for value in np.flatnonzero(np.bincount(values.ravel())).tolist():
             holders.setdefault(kind, {}).setdefault(value, path)
 
@@ -284,8 +285,8 @@ def mask_values(path: Path) -> tuple[str, np.ndarray]:
     return kind, pixels.max(axis=2)
 
 
-def read_packed_masks(frames: list[Frame], meaning: Meaning, size: tuple[int, int],
-                      threads: int = 2) -> Iterator[np.ndarray]:
+def read_packed_masks(frames: list[Frame], meaning: Meaning,
+                      size: tuple[int, int]) -> Iterator[np.ndarray]:
     """Yield masks, or their views, resized (nearest) to `size` = (H, W), as np.packbits along W."""
     def read(frame: Frame) -> np.ndarray:
         mask = np.zeros(size, bool)
@@ -293,7 +294,7 @@ def read_packed_masks(frames: list[Frame], meaning: Meaning, size: tuple[int, in
             mask = resize(show(read_mask(frame.annotation, meaning), frame.view), size)
         return np.packbits(mask, axis=1)
 
-    return in_threads(read, frames, threads)
+    return in_threads(read, frames)
 
 
 def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -304,10 +305,10 @@ def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.array(Image.fromarray(pixels).resize(size[::-1], method))
 
 
-def in_threads(work: Callable, items: Iterable, threads: int, ahead: int = 64) -> Iterator:
-    """Yield work(item) for each item in order; threads run at most `ahead` items early."""
+def in_threads(work: Callable, items: Iterable, ahead: int = 64) -> Iterator:
+    """Yield work(item) for each item in order; as many threads as PyTorch has run `ahead`."""
     waiting: deque = deque()
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for item in items:
             waiting.append(pool.submit(work, item))
             if len(waiting) == ahead:

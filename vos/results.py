@@ -18,7 +18,7 @@ from vos.pictures import overlay
 from vos.sources import Source, clip_ranges
 
 
-def write_outputs(out: Path, predictions: Iterable[np.ndarray], source: Source, threads: int,
+def write_outputs(out: Path, predictions: Iterable[np.ndarray], source: Source,
                   write: bool) -> list[dict]:
     """Score predictions, uint8 [H, W], and `write` them to outputs/; return frames.csv's rows."""
     def finish(item: tuple[int, np.ndarray]) -> dict:
@@ -36,7 +36,7 @@ def write_outputs(out: Path, predictions: Iterable[np.ndarray], source: Source, 
         names = {str(index): f"outputs/{index:05d}.png" for index in range(len(source.frames))}
         write_json(out / "paths.json", {"output": names})
     numbered = enumerate(progress(predictions, "predict", len(source.frames)))
-    return list(clips.in_threads(finish, numbered, threads))
+    return list(clips.in_threads(finish, numbered))
 
 
 def write_scores(out: Path, rows: list[dict], protocol: str) -> dict | None:

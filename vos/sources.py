@@ -44,17 +44,16 @@ class Source(NamedTuple):
         return np.unpackbits(packed, axis=1, count=self.sizes[index][1]).astype(bool)
 
 
-def open_frames(root: Path, split: str | None, masks: Path | None, threads: int,
+def open_frames(root: Path, split: str | None, masks: Path | None,
                 limit: int | None = None) -> Source:
     """Find and check the frames of a data set and what its masks mean. Raises BadInput."""
     frames = clips.find_frames(root, split, masks)[:limit]
-    sizes = clips.check_frames(frames, threads)
-    meaning = clips.decide_meaning([frame.annotation for frame in frames], threads)
+    sizes = clips.check_frames(frames)
+    meaning = clips.decide_meaning([frame.annotation for frame in frames])
     return Source(frames, sizes, meaning or None)
 
 
-def open_folder(folder: FeatureFolder, root: Path | None, needs_frames: bool,
-                threads: int) -> Source:
+def open_folder(folder: FeatureFolder, root: Path | None, needs_frames: bool) -> Source:
     """Return a feature folder's frames, below `root` if they moved; resized ones as annotated.
 
     Where frames were not resized, its `masks` are to be set to those of the folder.
@@ -75,7 +74,7 @@ def open_folder(folder: FeatureFolder, root: Path | None, needs_frames: bool,
     if needs_frames or meta["sizes"]:
         try:
             plain = [frame._replace(annotation=None) for frame in frames]
-            for frame, old, new in zip(frames, sizes, clips.check_frames(plain, threads)):
+            for frame, old, new in zip(frames, sizes, clips.check_frames(plain)):
                 if old != new:
                     raise BadInput(f"{frame.image}: is no longer of the size that was featurized")
         except BadInput as error:
@@ -83,7 +82,7 @@ def open_folder(folder: FeatureFolder, root: Path | None, needs_frames: bool,
                            "or --no-pictures and --refine none") from error
     if not meta["sizes"]:
         return Source(frames, sizes)
-    return Source(frames, sizes, clips.decide_meaning([f.annotation for f in frames], threads))
+    return Source(frames, sizes, clips.decide_meaning([f.annotation for f in frames]))
 
 
 def clip_ranges(frames: list[clips.Frame]) -> list[tuple[int, int]]:
@@ -147,14 +146,13 @@ def is_fresh(place: Path, plan: Plan) -> bool:
 
 
 def write_features(out: Path, plan: Plan, featurizer: featurizers.Featurizer, device: torch.device,
-                   threads: int, overwrite: bool, inputs: Sequence[Path],
-                   group: Group = ALONE) -> None:
+                   overwrite: bool, inputs: Sequence[Path], group: Group = ALONE) -> None:
     """Write a feature folder; stopped and called again with the same plan, it goes on."""
     making = (new_folder(out, "features", overwrite, inputs, json.dumps([plan.meta, plan.paths]))
               if group.main else contextlib.nullcontext(beside(out, "partial")))
     with making as place:
         group.wait()
-        write_arrays(place, plan, featurizer, device, threads, group)
+        write_arrays(place, plan, featurizer, device, group)
         group.wait()
         if not group.main:
             return
@@ -172,7 +170,7 @@ def write_features(out: Path, plan: Plan, featurizer: featurizers.Featurizer, de
 
 
 def write_arrays(place: Path, plan: Plan, featurizer: featurizers.Featurizer, device: torch.device,
-                 threads: int, group: Group) -> None:
+                 group: Group) -> None:
     """Write the arrays of this process's share of the clips, but for those finished earlier."""
     rows, meta, _, meaning = plan
     if group.main:
@@ -194,11 +192,11 @@ def write_arrays(place: Path, plan: Plan, featurizer: featurizers.Featurizer, de
     names = [array_name(level, meta["levels"]) for level in meta["levels"]]
     names += [f"cues.{level}.npy" for level in meta["levels"] if meta["cues"]]
     made = featurize_clips(featurizer, rows, todo, meta["size"], meta["dtype"],
-                                   meta["cues"] is not None, device, threads)
+                                   meta["cues"] is not None, device)
     for (first, stop), levels in zip(todo, made):
         arrays = {name: level.numpy() for name, level in zip(names, levels)}
         if meaning:
-            masks = clips.read_packed_masks(rows[first:stop], meaning, meta["size"], threads)
+            masks = clips.read_packed_masks(rows[first:stop], meaning, meta["size"])
             arrays["masks.npy"] = np.stack(list(masks))
         for name, array in arrays.items():
             if not np.isfinite(array).all():
@@ -220,12 +218,12 @@ def windows(run: tuple[int, int]) -> list[tuple[int, int]]:
 
 def featurize_clips(featurizer: featurizers.Featurizer, frames: list[clips.Frame],
                     ranges: list[tuple[int, int]], size: tuple[int, int], dtype: str,
-                    with_cues: bool, device: torch.device, threads: int) -> Iterator[list]:
+                    with_cues: bool, device: torch.device) -> Iterator[list]:
     """Yield the levels of each range, [T, C, h, w] in host memory, then their cues, if wanted."""
     most = 4 if device.type == "cpu" else 32  # frames at a time, fewer of large ones
     batch = max(1, min(most, most * 480 * 854 // math.prod(size)))
     chosen = [frames[row] for first, stop in ranges for row in range(first, stop)]
-    shown = iter(cli.progress(clips.read_images(chosen, threads), "featurize", len(chosen)))
+    shown = iter(cli.progress(clips.read_images(chosen), "featurize", len(chosen)))
     for first, stop in ranges:
         parts = []
         for start in range(first, stop, batch):
@@ -242,7 +240,7 @@ def featurize_clips(featurizer: featurizers.Featurizer, frames: list[clips.Frame
         yield levels
 
 
-def find_predictions(folder: Path, frames: list[clips.Frame], threads: int) -> list[Path]:
+def find_predictions(folder: Path, frames: list[clips.Frame]) -> list[Path]:
     """Return each frame's PNG, <clip>/<frame>.png or one a frame in order, checked. BadInput."""
     folder = folder / "outputs" if (folder / "outputs").is_dir() else folder
     flat = clips.images_in(folder) if folder.is_dir() else []
@@ -250,5 +248,5 @@ def find_predictions(folder: Path, frames: list[clips.Frame], threads: int) -> l
     if files and len(files) != len(frames):
         raise BadInput(f"{folder}: {len(files)} PNGs for {len(frames)} frames; expected one each")
     files = files or [folder / frame.clip / f"{frame.name}.png" for frame in frames]
-    clips.check_frames([frame._replace(annotation=f) for frame, f in zip(frames, files)], threads)
+    clips.check_frames([frame._replace(annotation=f) for frame, f in zip(frames, files)])
     return files
