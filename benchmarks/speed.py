@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import models
 import train
-from benchmarks import peer
+from benchmarks import notebook, peer
 from vos import cli, featurizers
 
 LEVELS = cli.parse_levels("s8,s16,s32,s8@0.5,s16@0.5,s32@0.5,s8@0.25,s16@0.25,s32@0.25")
@@ -96,8 +96,9 @@ def main() -> None:
 
     inputs = torch.randn(FRAMES, *shapes["alexnet"]["s32"], device=device)
     targets = data.unpack(masks, size[1])[:, None].float().to(device)
-    theirs = peer.make_decoder(len(inputs[0]), size).to(device)
-    show("steps of the notebook", 101, inputs.nbytes, partial(peer.train, theirs, inputs, targets))
+    theirs = notebook.make_decoder(len(inputs[0]), size).to(device)
+    steps = partial(notebook.train, theirs, inputs, targets)
+    show("steps of the notebook", 101, inputs.nbytes, steps)
 
 
 if __name__ == "__main__":

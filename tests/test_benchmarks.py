@@ -12,7 +12,7 @@ from helpers import QUIET, ROOT, Result, ok, write_davis
 from test_reference import DAVIS, REFERENCE, WEIGHTS, features  # noqa: F401  # a fixture
 
 import data
-from benchmarks import peer
+from benchmarks import notebook
 from vos import featurizers
 
 pytest.importorskip("resource", reason="peak memory is counted on Linux and macOS alone")
@@ -85,7 +85,7 @@ def test_the_losses_are_the_notebooks(features):  # noqa: F811
     kept, packed = (torch.from_numpy(np.load(features["train"] / f"{name}.npy"))
                     for name in ("features", "masks"))
     torch.manual_seed(0)
-    decoder = peer.make_decoder(256, (480, 854))
+    decoder = notebook.make_decoder(256, (480, 854))
     masks = data.unpack(packed, 854)[:, None].float()
-    losses = peer.train(decoder, kept, masks, steps=40)
+    losses = notebook.train(decoder, kept, masks, steps=40)
     np.testing.assert_allclose(losses, told["losses"][:40], rtol=1e-3)

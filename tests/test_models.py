@@ -12,7 +12,7 @@ from helpers import ROOT, cut, random_masks, write_features
 
 import data
 import models
-from benchmarks.peer import make_decoder
+from benchmarks.notebook import make_decoder
 from models import DECODERS
 from vos.inputs import BadInput
 from vos.layers import count_flops

@@ -1,6 +1,6 @@
 """The README and the docs say what is so: their commands, sessions, flags, links and files."""
 import argparse
-import importlib
+import importlib.util
 import json
 import re
 import subprocess
@@ -11,10 +11,11 @@ from unittest import mock
 import imageio.v3 as iio
 import numpy as np
 import pytest
+import torch
 from helpers import ROOT, SCRIPTS, call, ok, write_davis, write_features
 
 import models
-from vos import sample
+from vos import featurizers, sample
 
 README, WANDB = ((ROOT / name).read_text(encoding="utf-8")
                  for name in ("README.md", "docs/wandb.md"))
@@ -45,7 +46,7 @@ def commands(text: str, inline: bool = False) -> list[list[str]]:
 def parse(file: str, flags: list[str]) -> None:
     """Take flags apart as a script does, which raises BadInput for a wrong one."""
     run = argparse.Namespace(features="f", val_features=None, holdout=0, folds=None)  # to resume
-    recall = mock.patch("vos.resuming.recall", return_value=run)
+    recall = mock.patch("vos.runs.recall", return_value=run)
     with mock.patch.object(sys, "argv", [file, *flags]), recall:
         importlib.import_module(file.removesuffix(".py")).parse_args()
 
@@ -59,8 +60,8 @@ def test_the_commands_run_in_order_and_write_what_the_readme_says(tmp_path, monk
     frames, masks = sample.make_clip(5, 3, 128, 192)
     iio.imwrite("holiday.mp4", frames, fps=10)
 
-    own, *steps = [words[1:] for words in commands(README) if words[0] == "python"]
-    for words in [*steps, own]:  # the one that comes first needs the model of the others
+    own, drawn, *steps = [words[1:] for words in commands(README) if words[0] == "python"]
+    for words in [*steps, own]:
         less = [flag for word, flag in LESS.items() if word in words]
         ok(call(words[0].removesuffix(".py"), *words[1:], *less))
 
@@ -70,10 +71,10 @@ def test_the_commands_run_in_order_and_write_what_the_readme_says(tmp_path, monk
     assert [file.name for file in Path("results/holiday/overlays").iterdir()] == ["holiday.gif"]
     assert len(list(Path("results/holiday/outputs").iterdir())) == len(frames)
 
-    Path("drawn/holiday").mkdir(parents=True)  # a mask drawn for one frame of the clip
-    iio.imwrite("drawn/holiday/00001.png", masks[1] * np.uint8(255))
-    ok(call("evaluate", *own[1:], "--masks", "drawn/", "--overwrite", "--no-pictures"))
-    assert json.loads(Path("results/holiday/scores.json").read_text())["frames"] == 1
+    Path("drawn").mkdir()  # a mask drawn for one frame of the clip
+    iio.imwrite("drawn/00001.png", masks[1] * np.uint8(255))
+    ok(call("evaluate", *drawn[1:], "--adapt=1"))
+    assert np.array_equal(iio.imread("results/holiday/outputs/00001.png") > 127, masks[1])
 
 
 def test_every_command_is_one_its_script_takes():
@@ -82,7 +83,10 @@ def test_every_command_is_one_its_script_takes():
     assert len(found) >= 20
     with mock.patch.dict(models.DECODERS, tiny=models.Simple):
         for file, *flags in found:
-            parse(file, flags)
+            if file == "-m":
+                assert importlib.util.find_spec(flags[0])
+            else:
+                parse(file, flags)
 
 
 def test_wandb_and_make_take_the_commands_of_their_own():
@@ -135,6 +139,16 @@ def test_the_readmes_decoder_is_all_it_takes(tmp_path):
         ok(call("package", "--results", results))
     assert "300 steps of 16 from 11 frames, adam, lr 0.002" in said
     assert json.loads((results / "scores.json").read_text())["mean_iou"] > 0.5
+
+
+def test_the_featurizer_of_the_docs_is_all_it_takes(tmp_path):
+    code = blocks((ROOT / "docs/formats.md").read_text(encoding="utf-8"), "python")[0]
+    write_davis(tmp_path / "davis", clips=1, val_clips=1, frames=2, size=(64, 96))
+    with mock.patch.dict(featurizers.FEATURIZERS):
+        exec(code, {"nn": torch.nn, "FEATURIZERS": featurizers.FEATURIZERS})
+        ok(call("featurize", "--data", tmp_path / "davis", "--split", "train", "--featurizer",
+                "tiny", "--out", tmp_path / "f"))
+    assert np.load(tmp_path / "f/features.npy").shape == (2, 16, 8, 12)
 
 
 def test_the_readme_is_short_and_every_link_and_file_in_it_is_there():

@@ -16,7 +16,7 @@ from tqdm import tqdm
 import data
 import models
 import train
-from benchmarks import peer
+from benchmarks import notebook
 from models import Recipe
 from vos import cli, runs
 from vos.inputs import BadInput
@@ -51,8 +51,8 @@ def test_the_losses_are_the_notebooks(tmp_path, size, dtype):
     """31 frames in batches of 4, so that the last of each epoch is short."""
     features, masks = write_features(tmp_path / "features", CLIPS, size=size, dtype=dtype)
     torch.manual_seed(5)
-    decoder = peer.make_decoder(6, size)
-    losses = peer.train(decoder, torch.from_numpy(features["s32"]).float(),
+    decoder = notebook.make_decoder(6, size)
+    losses = notebook.train(decoder, torch.from_numpy(features["s32"]).float(),
                         torch.from_numpy(masks)[:, None].float(), steps=20, batch=4)
     ok(call("train", "--features", tmp_path / "features", "--out", tmp_path / "run", "--steps", 20,
             "--batch-size", 4, "--seed", 5, "--log-every", 1, *FLAGS))
@@ -97,7 +97,7 @@ def test_the_best_by_validation_is_kept(features, tmp_path):
     kept = tmp_path / f"run/checkpoints/model-{best:08d}.pt"
     assert (tmp_path / "run/model.pt").read_bytes() == kept.read_bytes()
 
-    decoder = peer.make_decoder(6, masks.shape[1:])
+    decoder = notebook.make_decoder(6, masks.shape[1:])
     decoder[0].load_state_dict(models.load_model(kept)[0].conv.state_dict())
     with torch.no_grad():
         pixels = (decoder(torch.from_numpy(valued["s32"]))[:, 0] * 255).to(torch.uint8).numpy()
