@@ -158,7 +158,9 @@ def predict_clips(files: dict[str, Path], features: data.Features, source: sourc
         decoder = models.load_model(file, features.folder.size, shapes)[0].to(features.device)
         steps = decoder.drawn_steps if given else decoder.adapt_steps
         steps = steps if adapts is None else adapts
-        tuned = adapt(decoder, features, index, *pool_drawn(decoder, given, drawn), steps)
+        tuned = decoder
+        if steps:
+            tuned = adapt(decoder, features, index, *pool_drawn(decoder, given, drawn), steps)
         for row, pixels in enumerate(models.predict(tuned, features, index, 16, shown), first):
             mask = drawn.mask(row)
             if mask is None:

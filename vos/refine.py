@@ -3,6 +3,7 @@
 Source: He et al., "Guided Image Filtering", TPAMI 2013; "Fast Guided Filter", arXiv 1505.00996.
 """
 import copy
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -17,35 +18,52 @@ def adapt(decoder, features, index: torch.Tensor, drawn: torch.Tensor, targets: 
           steps: int):
     """Return a copy trained a little on one clip, whose rows of `features` are `index`, int64 [n].
 
-    Where rows are `drawn`, int64 [m], it learns their masks: the share of foreground in each cell,
-    `targets` [m, gh, gw]. Else it learns the positions that it is sure of itself.
+    It learns the positions that it is sure of. Where rows are `drawn`, int64 [m], with the share of
+    foreground in each cell as `targets` [m, gh, gw], a first copy learns these alone, which shows
+    what the decoder was wrongly sure of. A second learns them too, and in two rounds the positions
+    of which the last copy is sure and that the decoder never saw otherwise.
     """
-    tuned = copy.deepcopy(decoder).train()
-    vars(tuned).update(hide=0.0, lose=0.0)  # hides no cues or features; still drops components
-    optimizer = torch.optim.AdamW(tuned.parameters(), 5e-4, weight_decay=0.01, fused=True)
-    if steps and not len(drawn):
-        with torch.no_grad():
-            logits = [decoder(features.batch(part)).float() for part in index.split(16)]
-        probability = torch.sigmoid(torch.cat(logits))  # [n, gh, gw]
+    rounds, guessed, rate = (3, 4, 2e-3) if len(drawn) else (1, 8, 5e-4)
+    bounds = [steps * turn // rounds for turn in range(rounds + 1)]
+    before = logits = look(decoder, features, index)
+    tuned = copy.deepcopy(decoder)
+    for turn, (first, stop) in enumerate(itertools.pairwise(bounds)):
+        alone = turn == 0 and len(drawn) > 0
+        if turn:
+            logits = look(tuned, features, index)
+        if turn < 2:
+            tuned, begin, end = copy.deepcopy(decoder), first, stop if alone else steps
+            vars(tuned).update(hide=0.0, lose=0.0)  # hides no cues or features; drops components
+            optimizer = torch.optim.AdamW(tuned.parameters(), rate, weight_decay=0.01, fused=True)
+        tuned.train()
+        probability = torch.sigmoid(logits)  # [n, gh, gw]
         guess = (probability > 0.5).float()
-        sure = ((probability > 0.8) | (probability < 0.2)).float()
+        sure = (probability - 0.5).abs() > 0.3
+        sure = (sure & ((logits > 0) == (before > 0))).float()
 
-    for step in range(steps):
-        torch.manual_seed(step)
-        if len(drawn):
-            chosen = torch.randint(len(drawn), (2,))
-            loss = decoder.loss(tuned(features.batch(drawn[chosen])), targets[chosen]).mean()
-            for group in optimizer.param_groups:  # rises for a tenth of the steps, then falls
-                group["lr"] = 4e-3 * min(1, 10 * (step + 1) / steps) * (1 - step / steps)
-        else:
-            chosen = torch.randperm(len(index))[:8]
-            output = tuned(features.batch(index[chosen]))
-            loss = F.binary_cross_entropy_with_logits(output, guess[chosen], reduction="none")
-            loss = (loss * sure[chosen]).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        for step in range(first, stop):
+            torch.manual_seed(step)
+            chosen = torch.randperm(len(index))[:0 if alone else guessed]
+            given = torch.randint(len(drawn), (2,)) if len(drawn) else torch.arange(0)
+            output = tuned(features.batch(torch.cat([index[chosen], drawn[given]])))
+            guesses, shown = output.split([len(chosen), len(given)])
+            loss = F.binary_cross_entropy_with_logits(guesses, guess[chosen], reduction="none")
+            loss = (loss * sure[chosen]).sum() / max(loss.numel(), 1)
+            if len(drawn):
+                loss = loss / 2 + decoder.loss(shown, targets[given]).mean()
+                share = (step - begin) / (end - begin)  # the rate rises for a tenth, then falls
+                optimizer.param_groups[0]["lr"] = rate * min(1, 10 * share + 0.1) * (1 - share)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
     return tuned.eval()
+
+
+@torch.no_grad()
+def look(decoder, features, index: torch.Tensor) -> torch.Tensor:
+    """Return the logits of rows `index`, float32 [n, gh, gw]."""
+    decoder.eval()
+    return torch.cat([decoder(features.batch(part)).float() for part in index.split(16)])
 
 
 def guided_probabilities(logits: torch.Tensor, frame: torch.Tensor) -> torch.Tensor:
