@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from vos import cli, featurizers, images, sources
+from vos.inputs import BadInput
 
 
 def make_decoder(channels: int, size: tuple[int, int]) -> nn.Sequential:
@@ -90,10 +91,13 @@ def main() -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="DAVIS root: splits train and val")
     parser.add_argument("--weights", help="AlexNet's (default: torchvision's)")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     print(json.dumps(run_notebook(args.data, args.weights)))
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    try:
+        main()  # not by cli.run, which tunes how memory is kept
+    except (BadInput, OSError) as error:
+        cli.complain(f"notebook.py: {error}")
+        sys.exit(2)

@@ -229,7 +229,7 @@ def layouts(rng: np.random.Generator) -> None:
     if rng.random() < 0.2:
         given = [f"--data={place}", "--out=now/out", *([f"--masks={paired}"] if paired else [])]
         return expect(right, run_script, "featurize", *BASE["featurize"].split(), *given)
-    source = expect(right, sources.open_frames, place, "train", paired, 2)
+    source = expect(right, sources.open_frames, place, "train", paired)
     for index, (frame, shown) in enumerate(zip(source.frames, clips.read_images(source.frames))):
         number, mask = numbers[frame[:2]], source.mask(index)
         assert shown.shape == (32, 40, 3) and (shown == 20 * number + 10).all()
@@ -331,13 +331,13 @@ def damaged(rng: np.random.Generator) -> None:
     elif source == "clips":
         assert clips.read_mask(file, clips.decide_meaning([file])).dtype == bool
     elif source == "contest":
-        found = sources.open_frames(file.parent, None, None, 2).frames
+        found = sources.open_frames(file.parent, None, None).frames
         assert all(file.parent in frame.image.parents for frame in found)
     elif source == "features":
         folder = data.open_features(file.parent)
         right = None if file.suffix == ".json" else file.read_bytes() == whole
         expect(right, data.load_features, folder, None, False, "cpu", None, False)
-        sources.open_folder(folder, Path("now"), False, 2)
+        sources.open_folder(folder, Path("now"), False)
     elif file.name == "model.pt":
         decoder, model = models.load_model(file)
         output = decoder([torch.zeros(1, *shape) for shape in model["shapes"].values()])
