@@ -59,7 +59,7 @@ class Decoder(nn.Module):
     views = 1  # 2 to average the logits of a frame and its mirror image when predicting
     guided = True  # whether evaluate.py upsamples the logits along the frame's edges
     adapt_steps = 0  # steps that evaluate.py trains it on each clip's own sure predictions
-    drawn_steps = 120  # and on the masks drawn of the clip, if there are any
+    drawn_steps = 200  # or on the masks drawn of the clip, if there are any
     area: torch.Tensor
 
     def __init__(self, grid: tuple[int, int], size: tuple[int, int], cells=None):

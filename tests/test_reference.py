@@ -59,12 +59,12 @@ def test_kept_features_are_those_of_the_code_as_it_is(features):
         assert len(frames) == {"train": 1209, "val": 420}[split]
         array = np.load(path / "features.npy", mmap_mode="r")
         masks = np.load(path / "masks.npy", mmap_mode="r")
-        meaning = clips.decide_meaning([frame.annotation for frame in frames[11::200]], 1)
+        meaning = clips.decide_meaning([frame.annotation for frame in frames[11::200]])
         for index in range(11, len(frames), 200):
             image = images.read_image(frames[index].image)
             level, = featurizer(torch.from_numpy(image).permute(2, 0, 1)[None])
             np.testing.assert_allclose(array[index], level[0].numpy(), rtol=1e-3, atol=1e-4)
-            packed = clips.read_packed_masks([frames[index]], meaning, (480, 854), 1)
+            packed = clips.read_packed_masks([frames[index]], meaning, (480, 854))
             np.testing.assert_array_equal(masks[index], next(iter(packed)))
 
 
