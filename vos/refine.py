@@ -11,7 +11,7 @@ import torch.nn.functional as F
 SHRINK = 4  # the coefficients are found on a frame this much smaller
 RADIUS = 4  # of the window, in pixels of the small frame
 EPSILON = 1e-5  # colours (0..1) that vary by less, squared, do not count as an edge
-ENOUGH = 3  # drawn masks of a clip
+ENOUGH = 2  # drawn masks of a clip
 LIMIT = 4.0  # logits beyond this are sure enough
 
 
@@ -20,9 +20,9 @@ def adapt(decoder, features, index: torch.Tensor, drawn: torch.Tensor, targets: 
     """Return a copy trained a little on one clip, whose rows of `features` are `index`, int64 [n].
 
     It learns the positions that it is sure of. Where rows are `drawn`, int64 [m], with the share of
-    foreground in each cell as `targets` [m, gh, gw], it learns these; ENOUGH of them alone. Fewer
-    do not tell how the object looks elsewhere, but a first copy that learned them shows what the
-    decoder was wrongly sure of: a second learns them, and in two rounds the positions of which the
+    foreground in each cell as `targets` [m, gh, gw], it learns these; ENOUGH of them alone. One
+    does not tell how the object looks elsewhere, but a first copy that learned it shows what the
+    decoder was wrongly sure of: a second learns it, and in two rounds the positions of which the
     last copy is sure and that the decoder never saw otherwise.
     """
     rounds, guessed, rate = 1, 8, 5e-4
