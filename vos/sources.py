@@ -18,7 +18,7 @@ from vos.inputs import BadInput, inside, sha256
 from vos.layers import count_flops
 from vos.outputs import beside, new_folder, write_json
 
-WINDOW = 256  # frames that are featurized, and whose cues are found, at a time
+WINDOW = 128  # frames that are featurized, and whose cues are found, at a time
 
 
 class Source(NamedTuple):
