@@ -106,7 +106,8 @@ def write_report(path: Path, title: str, rows: Sequence[dict], scores: dict | No
 
 def say_scores(scores: dict) -> str:
     """Say scores in words, with a dash where there is none."""
-    shown = {key: "–" if scores[key] is None else f"{scores[key]:z.3f}" for key in metrics.MEASURES}
+    shown = {key: f"{scores[key]:z.3f}" if scores[key] is not None else "–"
+             for key in metrics.MEASURES}
     return ", ".join(f"{key} {text}" for key, text in shown.items())
 
 
