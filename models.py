@@ -247,7 +247,7 @@ class Temporal(FPN):
     """FPN that also sees what the whole clip tells about each position: see vos/cues.py."""
 
     recipe = dataclasses.replace(FPN.recipe, steps=1000)
-    cues = 4
+    cues = 5
     lose = 0.25
     adapt_steps = 25
 

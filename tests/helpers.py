@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from vos import cues, sample
+from vos.folder import CUES
 from vos.inputs import sha256
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -160,7 +161,8 @@ def write_features(folder: Path, clips: dict[str, int], size: tuple[int, int] = 
         name = "features.npy" if len(levels) == 1 else f"features.{level}.npy"
         np.save(folder / name, features[level])
         if cued:
-            made = [cues.clip_cues(torch.from_numpy(clip)).half().numpy() for clip in each]
+            rows = [torch.from_numpy(clip) for clip in each]
+            made = [cues.clip_cues(clip, clip[:, :1].float()).half().numpy() for clip in rows]
             np.save(folder / f"cues.{level}.npy", np.concatenate(made))
     if annotated:
         np.save(folder / "masks.npy", np.packbits(np.concatenate(masks), axis=2))
@@ -171,7 +173,7 @@ def write_features(folder: Path, clips: dict[str, int], size: tuple[int, int] = 
     write_json(folder / "paths.json", {name: dict(enumerate(each)) for name, each in paths.items()})
     own = {"levels": levels, "dtype": dtype, "size": size, "data": str(data or folder / "nowhere"),
            "clips": [clip for clip, _ in rows], "names": [name for _, name in rows],
-           "cues": cues.VERSION if cued else None}
+           "cues": CUES if cued else None}
     write_json(folder / "meta.json", META | own | meta)
     sign(folder)
     return features, np.concatenate(masks)

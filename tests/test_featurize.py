@@ -13,7 +13,7 @@ from helpers import call, listed, ok, refuses, tree, write_davis, write_json
 from test_featurizers import make_alexnet, normalised
 
 import data
-from vos import clips, cues
+from vos import clips, cues, motion
 from vos.inputs import sha256
 
 ALEXNET = ("--featurizer", "alexnet", "--weights", "random", "--compute", "float32", "--threads", 1)
@@ -75,11 +75,17 @@ def test_levels_views_and_cues_by_default(davis, tmp_path):
     masks = unpack(tmp_path / "f")
     zoomed = [clips.resize(clips.show(mask, "zoom2"), mask.shape) for mask in masks[:6]]
     np.testing.assert_array_equal(masks[6:], zoomed)
+    frames = np.stack([iio.imread(frame) for frame, _ in listed(davis)[:6]])
+    frames = np.concatenate([frames, [clips.resize(clips.show(frame, "zoom2"), masks.shape[1:])
+                                      for frame in frames]])
+    shown = [motion.own_motion(motion.shrink(torch.from_numpy(part).permute(0, 3, 1, 2)))
+             for part in np.split(frames, 4)]
     for level in opened.shapes:
         rows = np.load(tmp_path / f"f/features.{level}.npy")
         made = np.load(tmp_path / f"f/cues.{level}.npy")
-        for clip, clip_made in zip(np.split(rows, 4), np.split(made, 4)):  # a view's clip its own
-            expected = cues.clip_cues(torch.from_numpy(clip)).half()
+        clip_rows = zip(np.split(rows, 4), np.split(made, 4), shown)  # a view's clip is its own
+        for clip, clip_made, moved in clip_rows:
+            expected = cues.clip_cues(torch.from_numpy(clip), moved).half()
             np.testing.assert_allclose(clip_made, expected, atol=1e-3)
 
     write_pngs(tmp_path / "turned", [clips.show(iio.imread(frame), "zoom2")

@@ -2,14 +2,16 @@
 import torch
 import torch.nn.functional as F
 
-VERSION = 1  # of what `clip_cues` computes; meta.json has it
 KEPT = 32  # principal components of a level that frames are aligned and compared by
 CELLS = 2000  # a finer grid than this is aligned at half its size: a fifth of the time
 SPANS = (2, 4, 8, 16)  # frames from one to the other that it is compared with
 
 
-def clip_cues(level: torch.Tensor) -> torch.Tensor:
-    """Return float32 [T, 4, h, w]: distance from background and clip, change in time and place."""
+def clip_cues(level: torch.Tensor, motion: torch.Tensor) -> torch.Tensor:
+    """Return float32 [T, 5, h, w]: distance from background and clip, change in time and place.
+
+    The last one is `motion`, [T, 1, H', W'] of any size: see vos/motion.py.
+    """
     level = level.float()
     frames, _, height, width = level.shape
     edge = max(1, height // 15)
@@ -32,7 +34,9 @@ def clip_cues(level: torch.Tensor) -> torch.Tensor:
     moved = aligned_change(F.avg_pool2d(level / spread, step))
     moved = F.interpolate(moved[:, None], (height, width), mode="bilinear")[:, 0]
 
-    cues = torch.stack([far, rare, change, moved], 1)  # logarithms, standardised over the clip
+    motion = F.adaptive_avg_pool2d(motion, (height, width))  # H', W' are those of s8 or so
+    # logarithms, standardised over the clip
+    cues = torch.cat([torch.stack([far, rare, change, moved], 1), motion], 1)
     return (cues - cues.mean((0, 2, 3), keepdim=True)) / (cues.std((0, 2, 3), keepdim=True) + 1e-3)
 
 

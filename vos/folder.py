@@ -1,7 +1,7 @@
 """The feature folder on disk: written by featurize.py, checked by whoever reads it.
 
     features.npy      [N, C, h, w], float16 or float32; several levels: features.<level>.npy
-    cues.<level>.npy  [N, 4, h, w], float16: what the whole clip tells about each position
+    cues.<level>.npy  [N, 5, h, w], float16: what the whole clip tells about each position
     masks.npy         [N, H, ceil(W / 8)] uint8, np.packbits along W; absent without annotations
     paths.json, meta.json: see docs/formats.md
 
@@ -17,6 +17,7 @@ import numpy as np
 from vos.inputs import BadInput, is_name, is_shape, opened, read_json, read_paths
 
 FORMAT = 2
+CUES = 2  # version of what vos/cues.py finds
 AGAIN = "make the folder anew with featurize.py"
 
 
@@ -70,7 +71,7 @@ def list_arrays(meta: dict, masks: bool) -> dict[str, tuple[int, ...]]:
     for level, shape in meta["levels"].items():
         arrays[array_name(level, meta["levels"])] = (rows, *shape)
         if meta["cues"] is not None:
-            arrays[f"cues.{level}.npy"] = (rows, 4, *shape[1:])
+            arrays[f"cues.{level}.npy"] = (rows, 5, *shape[1:])
     if masks:
         arrays["masks.npy"] = (rows, height, -(-width // 8))
     return arrays
@@ -122,7 +123,7 @@ def read_meta(file: Path) -> dict:
             "labelled": len(flags) == rows and set(map(type, flags)) == {bool},
             "clips": all(map(is_name, names)) and all(type(meta[key]) is list for key in lists),
             "names": len(meta["names"]) == rows > 0 and rows % (1 + len(meta["views"])) == 0,
-            "cues": meta["cues"] is None or type(meta["cues"]) is int,
+            "cues": meta["cues"] in (None, CUES),
             "parameters": 0 <= meta["parameters"] + meta["flops_per_frame"] < 1 << 63,
             "sha256": list_arrays(meta, masks=False).keys() <= meta["sha256"].keys(),
             "data": all(isinstance(meta[key], str) for key in ("featurizer", "weights", "data")),

@@ -84,19 +84,24 @@ def guided_probabilities(logits: torch.Tensor, frame: torch.Tensor) -> torch.Ten
     return torch.sigmoid((slope * image).sum(1) + offset[:, 0])[0]
 
 
-def fit_window(image: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fit target = slope . image + offset round every pixel, with a penalty on the slope."""
-    mean, target_mean = box(image), box(target)
-    pairs = image[:, :, None] * image[:, None]  # [1, 3, 3, h, w]
-    covariance = box(pairs.flatten(1, 2)).view_as(pairs) - mean[:, :, None] * mean[:, None]
+def fit_window(image: torch.Tensor, target: torch.Tensor,
+               radius: int = RADIUS) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fit target = slope . image + offset round every pixel, with a penalty on the slope.
+
+    image: [B, 3, h, w]; target: [B, 1, h, w]. Returns slope [B, 3, h, w], offset [B, 1, h, w].
+    """
+    mean, target_mean = box(image, radius), box(target, radius)
+    pairs = image[:, :, None] * image[:, None]  # [B, 3, 3, h, w]
+    covariance = box(pairs.flatten(1, 2), radius).view_as(pairs)
+    covariance = covariance - mean[:, :, None] * mean[:, None]
     covariance = covariance.permute(0, 3, 4, 1, 2) + EPSILON * torch.eye(3, device=image.device)
-    together = (box(image * target) - mean * target_mean).permute(0, 2, 3, 1)  # [1, h, w, 3]
-    slope = torch.linalg.solve(covariance, together).permute(0, 3, 1, 2)
+    together = box(image * target, radius) - mean * target_mean  # [B, 3, h, w]
+    slope = torch.linalg.solve(covariance, together.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     return slope, target_mean - (slope * mean).sum(1, keepdim=True)
 
 
-def box(x: torch.Tensor) -> torch.Tensor:
+def box(x: torch.Tensor, radius: int = RADIUS) -> torch.Tensor:
     """Return the mean of the window round every pixel of [B, C, h, w], as far as it lies inside."""
-    side = 2 * RADIUS + 1
-    x = F.avg_pool2d(x, (side, 1), 1, (RADIUS, 0), count_include_pad=False)
-    return F.avg_pool2d(x, (1, side), 1, (0, RADIUS), count_include_pad=False)
+    side = 2 * radius + 1
+    x = F.avg_pool2d(x, (side, 1), 1, (radius, 0), count_include_pad=False)
+    return F.avg_pool2d(x, (1, side), 1, (0, radius), count_include_pad=False)

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from vos import cli, clips, cues, featurizers
+from vos import cli, clips, cues, featurizers, motion
 from vos.distributed import ALONE, Group
-from vos.folder import FORMAT, FeatureFolder, array_name, list_arrays, open_features
+from vos.folder import CUES, FORMAT, FeatureFolder, array_name, list_arrays, open_features
 from vos.inputs import BadInput, inside, sha256
 from vos.layers import count_flops
 from vos.outputs import beside, new_folder, write_json
@@ -111,7 +111,7 @@ def plan_features(source: Source, root: Path, featurizer: featurizers.Featurizer
     labelled = [row.annotation is not None for row in rows]
     meta = {
         "format": FORMAT, "featurizer": featurizer.name, "levels": featurizer.shapes(size),
-        "size": size, "dtype": dtype, "cues": cues.VERSION if with_cues else None, "views": views,
+        "size": size, "dtype": dtype, "cues": CUES if with_cues else None, "views": views,
         "weights": featurizer.digest, "parameters": featurizer.parameters_count,
         "preprocessing": {"mean": featurizer.mean, "std": featurizer.std,
                           "compute": str(featurizer.compute)[6:]},
@@ -225,7 +225,7 @@ def featurize_clips(featurizer: featurizers.Featurizer, frames: list[clips.Frame
     chosen = [frames[row] for first, stop in ranges for row in range(first, stop)]
     shown = iter(cli.progress(clips.read_images(chosen), "featurize", len(chosen)))
     for first, stop in ranges:
-        parts = []
+        parts, small = [], []
         for start in range(first, stop, batch):
             images = itertools.islice(shown, min(batch, stop - start))
             resized = np.stack([clips.resize(image, size) for image in images])  # [B, H, W, 3]
@@ -233,10 +233,13 @@ def featurize_clips(featurizer: featurizers.Featurizer, frames: list[clips.Frame
             with torch.inference_mode():
                 maps = featurizer(pixels)
             parts.append([level.to("cpu", getattr(torch, dtype)) for level in maps])
+            if with_cues:
+                small.append(motion.shrink(pixels))
 
         levels = [torch.cat(level) for level in zip(*parts)]
         if with_cues:
-            levels += [cues.clip_cues(level.to(device)).half().cpu() for level in levels]
+            moved = motion.own_motion(torch.cat(small))
+            levels += [cues.clip_cues(level.to(device), moved).half().cpu() for level in levels]
         yield levels
 
 

@@ -1,0 +1,109 @@
+"""What moves in a clip otherwise than the camera. T its frames, n pairs of them, h w pixels.
+
+Sources: Lucas and Kanade, "An Iterative Image Registration Technique", IJCAI 1981, from coarse to
+fine, with the smoothness of Horn and Schunck, "Determining Optical Flow", 1981.
+"""
+import torch
+import torch.nn.functional as F
+
+from vos.refine import box, fit_window
+
+SHRINK = 4  # frames are compared at a size this much smaller
+SCALES = 5  # each half the size of the one before
+STEPS = 8  # at each scale
+PULL = 0.2  # of the neighbours' mean motion, beside the contrast of a window
+EDGES = 6  # radius of the windows in which it follows the frame's colours, see vos/refine.py
+PAIRS = 8  # of frames at a time
+
+
+def shrink(frames: torch.Tensor) -> torch.Tensor:
+    """Return what `own_motion` takes of frames uint8 [T, 3, H, W]."""
+    size = [max(2, side // SHRINK) for side in frames.shape[2:]]
+    return F.interpolate(frames.float() / 255, size, mode="area")
+
+
+@torch.inference_mode()
+def own_motion(frames: torch.Tensor) -> torch.Tensor:
+    """Return the log of how far each place moves beside the camera, float32 [T, 1, h / 2, w / 2].
+
+    frames: [T, 3, h, w], as `shrink` returns them. Of the motions to the next frame and to the
+    one before the smaller counts: what is uncovered has no match in one of them. The result
+    follows the frames' edges.
+    """
+    small = F.avg_pool2d(frames, 2, ceil_mode=True)
+    there, back = [], []
+    for one, other in zip(frames[:-1].split(PAIRS), frames[1:].split(PAIRS)):
+        for found, pair in ((there, (one, other)), (back, (other, one))):
+            found.append(beside_camera(F.avg_pool2d(flow(*pair), 2, ceil_mode=True)))
+    none = small.new_full((1, 1, *small.shape[2:]), 0.0 if len(frames) == 1 else torch.inf)
+    moved = torch.minimum(torch.cat([*there, none]), torch.cat([none, *back]))
+    moved = (moved + 0.05).log()
+
+    parts = []
+    for image, target in zip(small.split(PAIRS), moved.split(PAIRS)):
+        slope, offset = (box(x, EDGES) for x in fit_window(image, target, EDGES))
+        parts.append((slope * image).sum(1, keepdim=True) + offset)
+    return torch.cat(parts)
+
+
+def flow(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Return where in `other` each pixel of `one` is: [n, 2, h, w], columns and rows to add."""
+    scales = [(one, other)]
+    while len(scales) < SCALES and min(scales[-1][0].shape[2:]) >= 8:
+        scales.append(tuple(F.avg_pool2d(image, 2) for image in scales[-1]))
+
+    moved = torch.zeros_like(scales[-1][0][:, :2])
+    for one, other in reversed(scales):
+        one, other = even_contrast(one), even_contrast(other)
+        height, width = one.shape[2:]
+        larger = torch.tensor([width / moved.shape[3], height / moved.shape[2]])
+        moved = F.interpolate(moved, (height, width), mode="bilinear")
+        moved = moved * larger[:, None, None].to(one.device)
+
+        # what a pixel's motion changes, to first order, in the window round it
+        wide = F.pad(one, (1, 1, 1, 1), mode="replicate")
+        across = (wide[:, :, 1:-1, 2:] - wide[:, :, 1:-1, :-2]) / 2
+        down = (wide[:, :, 2:, 1:-1] - wide[:, :, :-2, 1:-1]) / 2
+        products = [across * across, across * down, down * down]
+        xx, xy, yy = box(torch.stack([p.sum(1) for p in products], 1), 2).unbind(1)
+        xx, yy = xx + PULL, yy + PULL
+        columns = torch.arange(width, device=one.device)
+        rows = torch.arange(height, device=one.device)[:, None]
+        for _ in range(STEPS):
+            x, y = moved[:, 0] + columns, moved[:, 1] + rows
+            place = torch.stack([x * 2 / max(width - 1, 1), y * 2 / max(height - 1, 1)], 3) - 1
+            there = F.grid_sample(other, place, padding_mode="border", align_corners=True)
+            wrong = torch.stack([(side * (there - one)).sum(1) for side in (across, down)], 1)
+            x, y = (PULL * (box(moved, 5) - moved) - box(wrong, 2)).unbind(1)
+            step = torch.stack([yy * x - xy * y, xx * y - xy * x], 1)
+            moved = moved + (step / (xx * yy - xy * xy)[:, None]).clamp(-1, 1)
+    return moved
+
+
+def even_contrast(image: torch.Tensor) -> torch.Tensor:
+    """Return an image [n, 3, h, w] less the mean of a window, divided by the contrast there."""
+    mean = box(image, 3)
+    contrast = (box(image * image, 3) - mean * mean).clamp_min(0).mean(1, keepdim=True).sqrt()
+    return (image - mean) / (contrast + 0.1)
+
+
+def beside_camera(moved: torch.Tensor) -> torch.Tensor:
+    """Return how far motion [n, 2, h, w] is from the camera's: pixels, [n, 1, h, w].
+
+    The camera's is a quadratic in the place, which is fitted again and again with less weight on
+    what it does not fit (Cauchy's), at first with more on the frame's border.
+    """
+    sides = [torch.linspace(-1, 1, side, device=moved.device) for side in moved.shape[2:]]
+    y, x = torch.meshgrid(*sides, indexing="ij")
+    terms = torch.stack([torch.ones_like(x), x, y, x * x, x * y, y * y], 2).flatten(0, 1)
+    border = (x.abs().maximum(y.abs()) > 0.85).flatten()
+    vectors = moved.flatten(2).transpose(1, 2)  # [n, h * w, 2]
+    weights = (0.2 + border).expand(len(moved), -1)
+    for _ in range(6):
+        weighed = terms.T * weights[:, None]  # [n, 6, h * w]
+        little = 1e-4 * torch.eye(6, device=moved.device)
+        fitted = torch.linalg.solve(weighed @ terms + little, weighed @ vectors)
+        beside = (vectors - terms @ fitted).norm(dim=2)
+        usual = beside.median(1, keepdim=True).values.clamp_min(0.025)
+        weights = 1 / (1 + (beside / (1.5 * usual)).square())
+    return beside.view(len(moved), 1, *moved.shape[2:])
