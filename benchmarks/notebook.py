@@ -31,6 +31,16 @@ def make_decoder(channels: int, size: tuple[int, int]) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(channels, 1, 3), nn.Sigmoid(), nn.AdaptiveAvgPool2d(size))
 
 
+def featurize(network: nn.Module, files: list[Path], mean, std) -> torch.Tensor:
+    """Return the features of all frames in one tensor on the host, [N, C, h, w]."""
+    parts = []
+    for start in range(0, len(files), 32):
+        frames = [torch.from_numpy(images.read_image(f)) for f in files[start:start + 32]]
+        frames = [(x.permute(2, 0, 1).contiguous() / 255 - mean) / std for x in frames]
+        parts.append(network(torch.stack(frames)))
+    return torch.cat(parts)
+
+
 def train(decoder: nn.Module, features, masks, steps: int = 101, batch: int = 32) -> list[float]:
     """Train as the notebook does on features [C, h, w] and masks [1, H, W]; return all losses."""
     optimizer = torch.optim.Adam(decoder.parameters(), lr=5e-4)
@@ -57,12 +67,9 @@ def run_notebook(root: Path, weights: str | None) -> dict:
     times = [time.perf_counter()]
 
     # featurize
-    files, parts = [frame.image for frame in training.frames + validation.frames], []
-    for start in range(0, len(files), 32):
-        frames = [torch.from_numpy(images.read_image(f)) for f in files[start:start + 32]]
-        frames = [(x.permute(2, 0, 1).contiguous() / 255 - mean) / std for x in frames]
-        parts.append(alexnet(torch.stack(frames)))
-    features, val_features = torch.cat(parts).split([len(training.frames), len(validation.frames)])
+    features, val_features = (
+        featurize(alexnet, [frame.image for frame in source.frames], mean, std)
+        for source in (training, validation))
     times.append(time.perf_counter())
 
     # train
