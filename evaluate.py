@@ -40,8 +40,6 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--split", help="the split of a DAVIS root in --data")
     group.add_argument("--masks", type=Path, help="masks drawn of some frames, by clip and frame "
                        "name, to adapt to and to keep; beside --predictions, to score with")
-    group.add_argument("--labels", type=cli.count(1000), metavar="K", help="take K annotations of "
-                       "each clip, spread over it, as if drawn; they are not scored")
     group.add_argument("--predictions", help="score this folder of mask PNGs instead: "
                        "<clip>/<frame>.png, or one a frame in order; or wandb:...")
     group.add_argument("--weights", help="the featurizer's, for --data (default: pretrained)")
@@ -64,8 +62,8 @@ def parse_args() -> argparse.Namespace:
     if not (args.predictions and args.data) and not (args.model and (args.features or args.data)):
         raise BadInput("--model: expected with --features or --data; or --predictions with --data")
     useless = {
-        "predictions": ["model", "features", "weights", "resident", "adapt", "refine", "labels"],
-        "features": ["split", "weights"], "masks": ["labels"]}
+        "predictions": ["model", "features", "weights", "resident", "adapt", "refine"],
+        "features": ["split", "weights"]}
     for source in [name for name in useless if getattr(args, name)]:
         for flag in useless[source]:
             if getattr(args, flag) is not None:
@@ -116,31 +114,18 @@ def keep_features(place: Path, source: sources.Source, root: Path, model: dict,
     sources.write_features(place, plan, featurizer, device, args.overwrite, [root])
 
 
-def part_drawn(source: sources.Source, masks: Path | None,
-               labels: int | None) -> tuple[sources.Source, sources.Source]:
-    """Return the source without, and with only, the masks that are given and not to be scored.
-
-    masks: a folder of them; labels: so many of each clip's annotations, spread over it.
-    """
-    if masks:
-        frames = clips.pair_masks(source.frames, masks)
-        clips.check_frames(frames)
-        meaning = clips.decide_meaning([frame.annotation for frame in frames])
-        drawn = source._replace(frames=frames, meaning=meaning, masks=None)
-    else:
-        if labels and not source.annotated:
-            raise BadInput(f"--labels {labels}: the data has no annotations; pass --masks")
-        chosen: set[int] = set()
-        for run in sources.clip_ranges(source.frames) if labels else []:
-            there = [row for row in range(*run) if source.frames[row].annotation]
-            places = np.linspace(0, len(there) - 1, labels).round().astype(int)
-            chosen.update(there[place] for place in places[:len(there)])
-        drawn = source._replace(frames=[
-            frame if row in chosen else frame._replace(annotation=None)
-            for row, frame in enumerate(source.frames)])
+def part_drawn(source: sources.Source,
+               masks: Path | None) -> tuple[sources.Source, sources.Source]:
+    """Return the source without, and with only, the masks in a folder: they are not scored."""
+    frames = [frame._replace(annotation=None) for frame in source.frames]
+    if not masks:
+        return source, source._replace(frames=frames)
+    frames = clips.pair_masks(frames, masks)
+    clips.check_frames(frames)
+    meaning = clips.decide_meaning([frame.annotation for frame in frames])
     left = [own._replace(annotation=None) if given.annotation else own
-            for own, given in zip(source.frames, drawn.frames)]
-    return source._replace(frames=left), drawn
+            for own, given in zip(source.frames, frames)]
+    return source._replace(frames=left), sources.Source(frames, source.sizes, meaning)
 
 
 def predict_clips(files: dict[str, Path], features: data.Features, source: sources.Source,
@@ -183,10 +168,10 @@ def pool_drawn(decoder: models.Decoder, given: list[int],
 def check_flags(args: argparse.Namespace, decoder: models.Decoder) -> bool:
     """Check --adapt, --refine and masks for a decoder; return if masks follow frames' edges."""
     name = type(decoder).__name__
-    if args.adapt and not (decoder.adapt_steps or args.masks or args.labels):
+    if args.adapt and not (decoder.adapt_steps or args.masks):
         raise BadInput(f"--adapt {args.adapt}: {name} is not made to be adapted; leave it out")
     if decoder.returns != "logits":
-        for flag in ("refine", "masks", "labels"):
+        for flag in ("refine", "masks"):
             if getattr(args, flag) not in (None, "none"):
                 raise BadInput(f"--{flag} {getattr(args, flag)}: needs logits, and {name} returns "
                                f"{decoder.returns}; leave it out")
@@ -211,7 +196,7 @@ def open_model(args: argparse.Namespace, path: Path, folder_path: Path | None, r
     seen = names & set(model.get("clips", [])) if "" in files else set()
     if seen and source.annotated:
         print(f"note: trained on {len(seen)} of these {len(names)} clips; their scores say little")
-    source, drawn = part_drawn(source, args.masks, args.labels)
+    source, drawn = part_drawn(source, args.masks)
 
     if not folder_path:
         folder_path = out.with_name(f"{out.name}-features")
@@ -219,8 +204,8 @@ def open_model(args: argparse.Namespace, path: Path, folder_path: Path | None, r
         folder = data.open_features(folder_path)
     shapes = {level: folder.shapes[level] for level in model["shapes"]}
     features = data.load_features(folder, list(shapes), cues, device, args.resident, labelled=False)
-    source, drawn = (part if part.meaning else part._replace(masks=features.masks)
-                     for part in (source, drawn))
+    if not source.meaning:
+        source = source._replace(masks=features.masks)
 
     doubts: dict[int, float] = {}
     shown = clips.read_images(source.frames) if guided else None
@@ -252,15 +237,13 @@ def ask_for_mask(args: argparse.Namespace, out: Path, frame: clips.Frame, severa
 
 def main() -> None:
     args = parse_args()
-    mode = cli.wandb_mode(args.wandb)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = cli.choose_device(args.device)
+    device = cli.choose_device(args.device, args.threads)
 
     # open what the flags name, and check that it fits together
     used: list[str] = []
     given = args.model or args.predictions
-    scored, folder, root = (cli.fetch(p, mode, used) for p in (given, args.features, args.data))
+    scored, folder, root = (cli.fetch(source, args.wandb, used)
+                            for source in (given, args.features, args.data))
     inside = scored.is_file() or given.startswith("wandb:")  # which has a folder of versions
     name = (scored.parent if inside else scored).resolve().name
     if scored == PRETRAINED:
@@ -286,7 +269,7 @@ def main() -> None:
     # predict, write, score, draw
     command = f"python {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}"
     job = "val-eval" if source.annotated else "run-test"
-    logged = cli.tracked(mode, job, {**vars(args), "command": command}, used)
+    logged = cli.tracked(args.wandb, job, {**vars(args), "command": command}, used)
     with new_folder(out, "results", args.overwrite, inputs) as place, logged as log:
         started = time.perf_counter()
         rows = results.write_outputs(place, masks, source, write=not files)

@@ -11,8 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 from vos import cli, clips, distributed, featurizers, sources
 from vos.inputs import BadInput
 from vos.outputs import check_output
@@ -50,14 +48,11 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    mode = cli.wandb_mode(args.wandb)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    group, device = distributed.join(cli.choose_device(args.device))
+    group, device = distributed.join(cli.choose_device(args.device, args.threads))
 
     # find the frames, and check them and all else before anything long
     used: list[str] = []
-    root = cli.fetch(args.data, mode, used)
+    root = cli.fetch(args.data, args.wandb, used)
     split = args.split or (root.parent.name.rpartition("-")[2] if used else root.resolve().stem)
     out = args.out or Path("features") / f"{args.featurizer.replace(':', '-')}-{split}"
     inputs = [path for path in (root, args.masks) if path]
@@ -80,7 +75,7 @@ def main() -> None:
 
     # featurize
     started = time.perf_counter()
-    logged = cli.tracked(mode if group.main else "disabled", "featurize", vars(args), used)
+    logged = cli.tracked(args.wandb if group.main else "disabled", "featurize", vars(args), used)
     with logged as log:
         sources.write_features(out, plan, featurizer, device, args.overwrite, inputs, group)
         if log:

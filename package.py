@@ -58,9 +58,8 @@ def check(folder: Path) -> tuple[list[str], dict]:
 
 def main() -> None:
     args = parse_args()
-    mode = cli.wandb_mode(args.wandb)
     used: list[str] = []
-    folder = cli.fetch(args.results, mode, used)
+    folder = cli.fetch(args.results, args.wandb, used)
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such results folder; evaluate.py makes one")
     name = (folder.parent if used else folder.resolve()).name
@@ -70,7 +69,7 @@ def main() -> None:
 
     files = {name: folder / name for name in [*outputs, "paths.json", "metadata.json"]}
     job = "run-val" if metadata.get("annotated") else "run-test"
-    logged = cli.tracked(mode, job, vars(args), used)
+    logged = cli.tracked(args.wandb, job, vars(args), used)
     with locked(out), whole_file(out) as temporary, logged as log:
         check_output(out, "submission", args.overwrite, [folder])  # made just before by another?
         with zipfile.ZipFile(temporary, "w") as archive:  # not deflated: PNGs are already

@@ -4,7 +4,7 @@
 
 writes runs/simple/: model.pt (the best by val IoU, else the last), log.jsonl, curves.svg,
 predictions/, checkpoints/, and last.pt, from which `--resume runs/simple` goes on after any stop.
-`--folds 4 --seeds 3` trains 12 times, a folder each; summary.json has their mean and spread.
+`--folds 4 --seeds 3` trains 12 times, a folder each, and ends with their mean and spread.
 
 B batch, N rows of a feature folder, gh gw the decoder's grid, H W frame.
 """
@@ -26,7 +26,7 @@ import models
 from models import DECODERS, Decoder, Recipe
 from vos import cli, distributed, layers, pictures, runs
 from vos.inputs import BadInput
-from vos.outputs import Stopped, check_output, write_json
+from vos.outputs import check_output, write_json
 
 MAY_CHANGE = ("device", "threads", "wandb", "overwrite", "debug", "resume")  # when resuming
 
@@ -113,10 +113,10 @@ def fit(decoder: Decoder, training: data.Features, validation: data.Features | N
 
     parts = {"decoder": decoder, "optimizer": optimizer, "schedule": schedule}  # to resume from
     parts = {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
-    state: dict = {"step": 0, "best": -1.0, "losses": []}
+    state = {"step": 0, "best": -1.0}
     if resume:
         state = runs.load_state(out, parts, state, write=group.main)
-    best, losses = state["best"], [loss.to(device) for loss in state["losses"]]
+    best, losses = state["best"], []
     forward = group.wrap(decoder)
     if tracker:
         tracker.watch(decoder, log_every)
@@ -124,44 +124,38 @@ def fit(decoder: Decoder, training: data.Features, validation: data.Features | N
     started = time.perf_counter()
 
     decoder.train()
-    with runs.stop_signals() as stop:
-        for step in bar:
-            # the batch: order and noise depend on (seed, step) alone, so a resumed run is the same
-            torch.manual_seed(seed + 1 + step)
-            order = data.batch_order(clips, recipe.batch_size, recipe.order, seed, step)
-            rows = training.index[order[group.rank::group.size]]
-            levels, target = training.batch(rows), data.rows_of(targets, rows)
+    for step in bar:
+        # the batch: order and noise depend on (seed, step) alone, so a resumed run is the same
+        torch.manual_seed(seed + 1 + step)
+        order = data.batch_order(clips, recipe.batch_size, recipe.order, seed, step)
+        rows = training.index[order[group.rank::group.size]]
+        levels, target = training.batch(rows), data.rows_of(targets, rows)
 
-            # forward, loss, backward, step
-            loss = decoder.loss(forward(levels), target).sum() / len(order)
-            optimizer.zero_grad()
-            (loss * group.size).backward()  # several processes average their gradients
-            if recipe.clip_gradient:
-                torch.nn.utils.clip_grad_norm_(decoder.parameters(), recipe.clip_gradient)
-            lr = optimizer.param_groups[0]["lr"]
-            optimizer.step()
-            if schedule:
-                schedule.step()
-            losses.append(loss.detach())
+        # forward, loss, backward, step
+        loss = decoder.loss(forward(levels), target).sum() / len(order)
+        optimizer.zero_grad()
+        (loss * group.size).backward()  # several processes average their gradients
+        if recipe.clip_gradient:
+            torch.nn.utils.clip_grad_norm_(decoder.parameters(), recipe.clip_gradient)
+        lr = optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        if schedule:
+            schedule.step()
+        losses.append(loss.detach())
 
-            # log, validate, save: only here does the host wait for the device
-            due = step % log_every == 0 or step + 1 == recipe.steps
-            if due:
-                row = {"step": step, "loss": mean_loss(losses, step, group), "lr": lr}
-                if validation:
-                    row["val_iou"] = validate(decoder, validation, group)
-                is_best = row.get("val_iou", math.inf) > best
-                best, losses = max(best, row.get("val_iou", best)), []
-                if group.main and out:
-                    save(out, row, decoder, training, validation, facts or {}, is_best, draw,
-                         tracker)
-                if group.main:
-                    tell(row, bar, time.perf_counter() - started, out)
-                decoder.train()
-            if out and group.main and (due or stop):
-                runs.save_state(out, parts, {"step": step + 1, "best": best, "losses": losses})
-            if stop:
-                raise Stopped(stop[0], f"stopped after step {step}")
+        # log, validate, save: only here does the host wait for the device
+        if step % log_every == 0 or step + 1 == recipe.steps:
+            row = {"step": step, "loss": mean_loss(losses, step, group), "lr": lr}
+            if validation:
+                row["val_iou"] = validate(decoder, validation, group)
+            is_best = row.get("val_iou", math.inf) > best
+            best, losses = max(best, row.get("val_iou", best)), []
+            if group.main and out:
+                save(out, row, decoder, training, validation, facts or {}, is_best, draw, tracker)
+                runs.save_state(out, parts, {"step": step + 1, "best": best})
+            if group.main:
+                tell(row, bar, time.perf_counter() - started, out)
+            decoder.train()
 
     decoder.eval()
     return best if validation else None
@@ -261,10 +255,7 @@ def next_command(args: argparse.Namespace, out: Path, folder: data.FeatureFolder
 
 def main() -> None:
     args = parse_args()
-    mode = cli.wandb_mode(args.wandb)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    group, device = distributed.join(cli.choose_device(args.device))
+    group, device = distributed.join(cli.choose_device(args.device, args.threads))
     said = {field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)}
     said = {name: value for name, value in said.items() if value is not None}
     recipe = dataclasses.replace(DECODERS[args.decoder].recipe, **said)
@@ -272,7 +263,7 @@ def main() -> None:
 
     # open what the flags name, and check that it fits together
     used: list[str] = []
-    paths = [cli.fetch(source, mode, used) for source in (args.features, args.val_features)]
+    paths = [cli.fetch(source, args.wandb, used) for source in (args.features, args.val_features)]
     folders = [data.open_features(path) for path in paths if path]
     inputs = [folder.path for folder in folders]
     levels = args.levels or list(folders[0].shapes)
@@ -298,7 +289,7 @@ def main() -> None:
 
     # train once, or once for each fold and seed
     command = runs.describe_command(args, dataclasses.asdict(recipe), folders, used)
-    logged = cli.tracked(mode if group.main else "disabled", "train", command, used)
+    logged = cli.tracked(args.wandb if group.main else "disabled", "train", command, used)
     ends, started = {}, time.perf_counter()
     owned = runs.open_run(out, command, args.overwrite, inputs, bool(args.resume), group)
     with owned, logged as log:
@@ -330,11 +321,8 @@ def main() -> None:
 
     if group.main:
         print(f"seconds: {seconds:.3f} ({len(trainings) * recipe.steps} steps)")
-        reached = "model.pt, " + runs.say_end(ends[name])
-        if several:
-            from vos import compare
-            reached = compare.write_summary(out, trainings, ends)
-        cli.say(f"wrote {out}: {reached}")
+        what = f"mean +- standard deviation of {len(ends)}: " if several else "model.pt, "
+        cli.say(f"wrote {out}: {what}{runs.say_end(*ends.values())}")
         cli.say(f"next: {next_command(args, out, folders[-1])}")
 
 

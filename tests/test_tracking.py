@@ -52,16 +52,22 @@ def advice(printed):
 
 
 def test_the_mode_is_the_flag_then_the_environment(monkeypatch):
-    assert cli.wandb_mode(None) == "disabled"
+    def found(*flags: str) -> str:
+        parser = cli.Parser(None)
+        cli.add_run_flags(parser)
+        return parser.parse_args(flags).wandb
+
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    assert found() == "disabled"
     monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
-    assert cli.wandb_mode(None) == "online"
-    for found, mode in (("DISABLED", "disabled"), ("offline", "offline"), ("", "online")):
-        monkeypatch.setenv("WANDB_MODE", found)
-        assert cli.wandb_mode(None) == mode
+    assert found() == "online"
+    for there, mode in (("DISABLED", "disabled"), ("offline", "offline"), ("", "online")):
+        monkeypatch.setenv("WANDB_MODE", there)
+        assert found() == mode
     monkeypatch.setenv("WANDB_MODE", "sometimes")
-    assert cli.wandb_mode("offline") == "offline"
-    with pytest.raises(BadInput, match="WANDB_MODE=sometimes: expected disabled, offline"):
-        cli.wandb_mode(None)
+    assert found("--wandb", "offline") == "offline"
+    with pytest.raises(BadInput, match=r"--wandb: expected disabled, offline or .* sometimes"):
+        found()
 
 
 def test_without_wandb_installed(monkeypatch):

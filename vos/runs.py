@@ -5,7 +5,6 @@ import io
 import json
 import math
 import shlex
-import signal
 import statistics
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from vos.distributed import Group
 from vos.folder import FeatureFolder
 from vos.images import read_image, write_image
 from vos.inputs import BadInput, inside, opened, read_json
-from vos.outputs import Stopped, locked, new_folder, whole_file, write_json, write_text, writing
+from vos.outputs import locked, new_folder, whole_file, write_json, write_text, writing
 from vos.pictures import overlay
 
 
@@ -48,10 +47,9 @@ def open_run(out: Path, command: dict, overwrite: bool, inputs: Sequence[Path], 
         group.wait()
         try:
             yield
-        except Stopped as stopped:
-            number, text = stopped.args
-            again = f"python train.py --resume {shlex.quote(str(out))}"
-            raise Stopped(number, f"{text}; go on with: {again}") from None
+        except KeyboardInterrupt as stop:
+            stop.args = f"stopped; go on with: python train.py --resume {shlex.quote(str(out))}",
+            raise
 
 
 def describe_command(args: argparse.Namespace, recipe: dict, folders: list[FeatureFolder],
@@ -187,7 +185,6 @@ def load_state(out: Path, parts: dict, state: dict, write: bool) -> dict:
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
             state = {name: type(value)(saved["run"][name]) for name, value in state.items()}
-            state["losses"] = [loss.float() for loss in state["losses"]]
         except Exception as error:  # a damaged state can break what loads it in any way
             raise BadInput(f"{out / 'last.pt'}: does not fit this run ({error!r:.200}); remove it "
                            "to go on from the start") from error
@@ -196,19 +193,6 @@ def load_state(out: Path, parts: dict, state: dict, write: bool) -> dict:
         kept = (json.dumps(row) + "\n" for row in rows if row["step"] < state["step"])
         write_text(out / "log.jsonl", "".join(kept))
     return state
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Yield a list that Ctrl-C, SIGTERM and SIGHUP are added to, so that a loop can save first."""
-    noted: list[int] = []
-    kinds = signal.valid_signals() & {1, 2, 15}  # SIGHUP, not on Windows, SIGINT, SIGTERM
-    before = [signal.signal(kind, lambda number, _: noted.append(number)) for kind in kinds]
-    try:
-        yield noted
-    finally:
-        for kind, handler in zip(kinds, before):
-            signal.signal(kind, handler)
 
 
 def write_overlay(file: Path, folder: FeatureFolder, row: int, prediction: np.ndarray,
