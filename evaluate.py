@@ -43,8 +43,6 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--predictions", help="score this folder of mask PNGs instead: "
                        "<clip>/<frame>.png, or one a frame in order; or wandb:...")
     group.add_argument("--weights", help="the featurizer's, for --data (default: pretrained)")
-    group.add_argument("--resident", choices=["device", "disk"],
-                       help="where features are kept (default: on the device, if they fit)")
     group.add_argument("--adapt", type=cli.count(10**6, least=0), metavar="STEPS",
                        help="to train on each clip (default: the decoder's)")
     group.add_argument("--refine", choices=["guided", "none"],
@@ -62,7 +60,7 @@ def parse_args() -> argparse.Namespace:
     if not (args.predictions and args.data) and not (args.model and (args.features or args.data)):
         raise BadInput("--model: expected with --features or --data; or --predictions with --data")
     useless = {
-        "predictions": ["model", "features", "weights", "resident", "adapt", "refine"],
+        "predictions": ["model", "features", "weights", "adapt", "refine"],
         "features": ["split", "weights"]}
     for source in [name for name in useless if getattr(args, name)]:
         for flag in useless[source]:
@@ -165,25 +163,17 @@ def pool_drawn(decoder: models.Decoder, given: list[int],
     return torch.tensor(given, dtype=torch.long), data.pool_masks(alone, decoder.cells)
 
 
-def check_flags(args: argparse.Namespace, decoder: models.Decoder) -> bool:
-    """Check --adapt, --refine and masks for a decoder; return if masks follow frames' edges."""
-    name = type(decoder).__name__
-    if args.adapt and not (decoder.adapt_steps or args.masks):
-        raise BadInput(f"--adapt {args.adapt}: {name} is not made to be adapted; leave it out")
-    if decoder.returns != "logits":
-        for flag in ("refine", "masks"):
-            if getattr(args, flag) not in (None, "none"):
-                raise BadInput(f"--{flag} {getattr(args, flag)}: needs logits, and {name} returns "
-                               f"{decoder.returns}; leave it out")
-    return decoder.guided if args.refine is None else args.refine == "guided"
-
-
 def open_model(args: argparse.Namespace, path: Path, folder_path: Path | None, root: Path | None,
                out: Path, device: torch.device):
     """Return what --model predicts: the source, its masks one by one, doubts, metadata.json."""
     files, model = open_decoders(path)
     decoder = models.load_model(next(iter(files.values())))[0]
-    guided, cues = check_flags(args, decoder), decoder.cues > 0
+    for flag in ("adapt", "refine", "masks") if decoder.returns != "logits" else ():
+        if getattr(args, flag) not in (None, 0, "none"):
+            raise BadInput(f"--{flag} {getattr(args, flag)}: needs logits, and "
+                           f"{model['decoder']} returns {decoder.returns}; leave it out")
+    guided = decoder.guided if args.refine is None else args.refine == "guided"
+    cues = decoder.cues > 0
     if folder_path:
         folder = data.open_features(folder_path)
         folder.check_fit(model, args.model, cues)
@@ -203,7 +193,7 @@ def open_model(args: argparse.Namespace, path: Path, folder_path: Path | None, r
         keep_features(folder_path, source, root, model, args, device)
         folder = data.open_features(folder_path)
     shapes = {level: folder.shapes[level] for level in model["shapes"]}
-    features = data.load_features(folder, list(shapes), cues, device, args.resident, labelled=False)
+    features = data.load_features(folder, list(shapes), cues, device, labelled=False)
     if not source.meaning:
         source = source._replace(masks=features.masks)
 

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from vos import cli, clips, distributed, featurizers, sources
+from vos import cli, clips, featurizers, sources
 from vos.inputs import BadInput
 from vos.outputs import check_output
 
@@ -48,7 +48,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    group, device = distributed.join(cli.choose_device(args.device, args.threads))
+    group, device = cli.join(cli.choose_device(args.device, args.threads))
 
     # find the frames, and check them and all else before anything long
     used: list[str] = []

@@ -24,7 +24,7 @@ import torch
 import data
 import models
 from models import DECODERS, Decoder, Recipe
-from vos import cli, distributed, layers, pictures, runs
+from vos import cli, layers, pictures, runs
 from vos.inputs import BadInput
 from vos.outputs import check_output, write_json
 
@@ -89,7 +89,7 @@ def make_schedule(optimizer, recipe: Recipe) -> torch.optim.lr_scheduler.LRSched
 def fit(decoder: Decoder, training: data.Features, validation: data.Features | None = None,
         recipe: Recipe | None = None, out: Path | None = None, *, seed: int = 0,
         log_every: int | None = None, facts: dict | None = None, resume: bool = False,
-        draw: bool = True, group=distributed.ALONE, tracker=None) -> float | None:
+        draw: bool = True, group=cli.ALONE, tracker=None) -> float | None:
     """Train a decoder in place; return the best IoU on `validation`, or None without.
 
     training, validation: features with masks. recipe: None for the decoder's own. out: the run
@@ -161,7 +161,7 @@ def fit(decoder: Decoder, training: data.Features, validation: data.Features | N
     return best if validation else None
 
 
-def mean_loss(losses: list[torch.Tensor], step: int, group: distributed.Group) -> float:
+def mean_loss(losses: list[torch.Tensor], step: int, group: cli.Group) -> float:
     """Return the mean of the losses up to `step`. Raises FloatingPointError at one not finite."""
     values = group.sum(torch.stack(losses))
     bad = (~values.isfinite()).nonzero()
@@ -173,7 +173,7 @@ def mean_loss(losses: list[torch.Tensor], step: int, group: distributed.Group) -
 
 
 @torch.no_grad()
-def validate(decoder: Decoder, features: data.Features, group=distributed.ALONE) -> float:
+def validate(decoder: Decoder, features: data.Features, group=cli.ALONE) -> float:
     """Return the contest's mean IoU over frames, at the size that the featurizer saw."""
     rows = features.index[group.rank::group.size]
     predictions = models.predict(decoder, features, rows)
@@ -255,7 +255,7 @@ def next_command(args: argparse.Namespace, out: Path, folder: data.FeatureFolder
 
 def main() -> None:
     args = parse_args()
-    group, device = distributed.join(cli.choose_device(args.device, args.threads))
+    group, device = cli.join(cli.choose_device(args.device, args.threads))
     said = {field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)}
     said = {name: value for name, value in said.items() if value is not None}
     recipe = dataclasses.replace(DECODERS[args.decoder].recipe, **said)

@@ -1,5 +1,6 @@
-"""What every script's command line shares: its flags, its device, and how it fails."""
+"""What the scripts share: flags, device, several processes as torchrun starts them, failing."""
 import argparse
+import atexit
 import contextlib
 import ctypes
 import os
@@ -7,9 +8,10 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from vos.inputs import BadInput
@@ -109,6 +111,46 @@ def choose_device(name: str, threads: int | None = None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
         raise BadInput(f"--device {name}: not on this machine ({reason}); pass cpu") from error
+
+
+class Group(NamedTuple):
+    """This process's place among those of the job."""
+
+    rank: int = 0
+    size: int = 1
+    main: bool = True  # whether this process writes and prints
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """Replace a tensor by its sum over the processes, in place; return it."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def wait(self) -> None:
+        """Wait until every process is here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def wrap(self, decoder: torch.nn.Module) -> torch.nn.Module:
+        """Return a module whose gradients are averaged over the processes."""
+        return torch.nn.parallel.DistributedDataParallel(decoder) if self.size > 1 else decoder
+
+
+ALONE = Group()
+
+
+def join(device: torch.device) -> tuple[Group, torch.device]:
+    """Join torchrun's group, or be one alone; return it, and this process's device. BadInput."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1:
+        return ALONE, device
+    if device.type == "cuda":
+        device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    atexit.register(dist.destroy_process_group)
+    rank = int(os.environ["RANK"])
+    return Group(rank, size, rank == 0), device
 
 
 def progress(items: Iterable, what: str, total: int | None = None) -> tqdm:

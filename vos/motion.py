@@ -26,9 +26,8 @@ def shrink(frames: torch.Tensor) -> torch.Tensor:
 def own_motion(frames: torch.Tensor) -> torch.Tensor:
     """Return the log of how far each place moves beside the camera, float32 [T, 1, h / 2, w / 2].
 
-    frames: [T, 3, h, w], as `shrink` returns them. Of the motions to the next frame and to the
-    one before the smaller counts: what is uncovered has no match in one of them. The result
-    follows the frames' edges.
+    frames: [T, 3, h, w], as `shrink` returns them. Of the motions to the frames beside it the
+    smaller counts: what is uncovered has no match in one of them. It follows the frame's edges.
     """
     small = F.avg_pool2d(frames, 2, ceil_mode=True)
     there, back = [], []
@@ -81,7 +80,7 @@ def flow(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 def even_contrast(image: torch.Tensor) -> torch.Tensor:
-    """Return an image [n, 3, h, w] less the mean of a window, divided by the contrast there."""
+    """Return an image [n, 3, h, w] less the mean of a window, over the contrast there."""
     mean = box(image, 3)
     contrast = (box(image * image, 3) - mean * mean).clamp_min(0).mean(1, keepdim=True).sqrt()
     return (image - mean) / (contrast + 0.1)
@@ -99,9 +98,9 @@ def beside_camera(moved: torch.Tensor) -> torch.Tensor:
     border = (x.abs().maximum(y.abs()) > 0.85).flatten()
     vectors = moved.flatten(2).transpose(1, 2)  # [n, h * w, 2]
     weights = (0.2 + border).expand(len(moved), -1)
+    little = 1e-4 * torch.eye(6, device=moved.device)
     for _ in range(6):
         weighed = terms.T * weights[:, None]  # [n, 6, h * w]
-        little = 1e-4 * torch.eye(6, device=moved.device)
         fitted = torch.linalg.solve(weighed @ terms + little, weighed @ vectors)
         beside = (vectors - terms @ fitted).norm(dim=2)
         usual = beside.median(1, keepdim=True).values.clamp_min(0.025)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vos.distributed import Group
+from vos.cli import Group
 from vos.folder import FeatureFolder
 from vos.images import read_image, write_image
 from vos.inputs import BadInput, inside, opened, read_json

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from vos import cli, clips, cues, featurizers, motion
-from vos.distributed import ALONE, Group
+from vos.cli import ALONE, Group
 from vos.folder import CUES, FORMAT, FeatureFolder, array_name, list_arrays, open_features
 from vos.inputs import BadInput, inside, sha256
 from vos.layers import count_flops
