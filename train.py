@@ -113,7 +113,7 @@ def fit(decoder: Decoder, training: data.Features, validation: data.Features | N
 
     parts = {"decoder": decoder, "optimizer": optimizer, "schedule": schedule}  # to resume from
     parts = {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
-    state = {"step": 0, "best": -1.0}
+    state: dict = {"step": 0, "best": -1.0}
     if resume:
         state = runs.load_state(out, parts, state, write=group.main)
     best, losses = state["best"], []

@@ -30,12 +30,12 @@ def own_motion(frames: torch.Tensor) -> torch.Tensor:
     smaller counts: what is uncovered has no match in one of them. It follows the frame's edges.
     """
     small = F.avg_pool2d(frames, 2, ceil_mode=True)
-    there, back = [], []
+    both: tuple[list, list] = [], []  # to the next frame, and to the one before
     for one, other in zip(frames[:-1].split(PAIRS), frames[1:].split(PAIRS)):
-        for found, pair in ((there, (one, other)), (back, (other, one))):
+        for found, pair in zip(both, ((one, other), (other, one))):
             found.append(beside_camera(F.avg_pool2d(flow(*pair), 2, ceil_mode=True)))
     none = small.new_full((1, 1, *small.shape[2:]), 0.0 if len(frames) == 1 else torch.inf)
-    moved = torch.minimum(torch.cat([*there, none]), torch.cat([none, *back]))
+    moved = torch.minimum(torch.cat([*both[0], none]), torch.cat([none, *both[1]]))
     moved = (moved + 0.05).log()
 
     parts = []
@@ -49,15 +49,15 @@ def flow(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """Return where in `other` each pixel of `one` is: [n, 2, h, w], columns and rows to add."""
     scales = [(one, other)]
     while len(scales) < SCALES and min(scales[-1][0].shape[2:]) >= 8:
-        scales.append(tuple(F.avg_pool2d(image, 2) for image in scales[-1]))
+        one, other = F.avg_pool2d(one, 2), F.avg_pool2d(other, 2)
+        scales.append((one, other))
 
     moved = torch.zeros_like(scales[-1][0][:, :2])
     for one, other in reversed(scales):
         one, other = even_contrast(one), even_contrast(other)
         height, width = one.shape[2:]
-        larger = torch.tensor([width / moved.shape[3], height / moved.shape[2]])
-        moved = F.interpolate(moved, (height, width), mode="bilinear")
-        moved = moved * larger[:, None, None].to(one.device)
+        larger = torch.tensor([[[width / moved.shape[3]]], [[height / moved.shape[2]]]])
+        moved = F.interpolate(moved, (height, width), mode="bilinear") * larger.to(one.device)
 
         # what a pixel's motion changes, to first order, in the window round it
         wide = F.pad(one, (1, 1, 1, 1), mode="replicate")
