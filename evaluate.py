@@ -128,25 +128,25 @@ def part_drawn(source: sources.Source,
 
 def predict_clips(files: dict[str, Path], features: data.Features, source: sources.Source,
                   drawn: sources.Source, shown: Iterator[np.ndarray] | None, adapts: int | None,
-                  doubts: dict[int, float]) -> Iterator[np.ndarray]:
+                  doubts: dict[int, float] | None) -> Iterator[np.ndarray]:
     """Yield each frame's mask, uint8 [H, W]: as drawn, or by the clip's decoder adapted to it.
 
-    Fills `doubts`: frame -> unsure pixels for each one of the object, of frames not drawn.
+    Fills `doubts`, if given: frame -> unsure pixels for each of the object, of frames not drawn.
     """
     shapes = {level: features.folder.shapes[level] for level in features.names}
+    decoders = {file: models.load_model(file, features.folder.size, shapes)[0].to(features.device)
+                for file in set(files.values())}
     for first, stop in sources.clip_ranges(source.frames):
         index = torch.arange(first, stop)
         given = [row for row in range(first, stop) if drawn.frames[row].annotation]
-        file = files.get(source.frames[first].clip) or files[""]
-        decoder = models.load_model(file, features.folder.size, shapes)[0].to(features.device)
+        decoder = decoders[files.get(source.frames[first].clip) or files[""]]
         steps = decoder.drawn_steps if given else decoder.adapt_steps
         steps = steps if adapts is None else adapts
-        tuned = decoder
-        if steps:
-            tuned = adapt(decoder, features, index, *pool_drawn(decoder, given, drawn), steps)
+        tuned = decoder if not steps else adapt(
+            decoder, features, index, *pool_drawn(decoder, given, drawn), steps)
         for row, pixels in enumerate(models.predict(tuned, features, index, 16, shown), first):
             mask = drawn.mask(row)
-            if mask is None:
+            if mask is None and doubts is not None:  # takes long
                 unsure = ((pixels > 25) & (pixels < 230)).sum() / (pixels > 127).sum().clamp_min(1)
                 doubts[row] = float(unsure)
             yield pixels.cpu().numpy() if mask is None else mask * np.uint8(255)
@@ -187,6 +187,8 @@ def open_model(args: argparse.Namespace, path: Path, folder_path: Path | None, r
     if seen and source.annotated:
         print(f"note: trained on {len(seen)} of these {len(names)} clips; their scores say little")
     source, drawn = part_drawn(source, args.masks)
+    asks = args.masks or not (folder_path or source.annotated)  # at the end for another mask
+    doubts: dict[int, float] | None = {} if asks else None
 
     if not folder_path:
         folder_path = out.with_name(f"{out.name}-features")
@@ -197,7 +199,6 @@ def open_model(args: argparse.Namespace, path: Path, folder_path: Path | None, r
     if not source.meaning:
         source = source._replace(masks=features.masks)
 
-    doubts: dict[int, float] = {}
     shown = clips.read_images(source.frames) if guided else None
     masks = predict_clips(files, features, source, drawn, shown, args.adapt, doubts)
     decoder = models.load_model(next(iter(files.values())), folder.size, shapes)[0].to(device)
@@ -243,7 +244,7 @@ def main() -> None:
     inputs = [path for path in (scored, folder, root, args.masks) if path]
     check_output(out, "results", args.overwrite, inputs)
     files, meaning = None, {"grey": "above 127"}  # of our own outputs
-    doubts: dict[int, float] = {}
+    doubts: dict[int, float] | None = None
     if args.predictions:
         source = sources.open_frames(root, args.split, args.masks)
         if not source.annotated:
@@ -254,7 +255,6 @@ def main() -> None:
         metadata = {"predictions": given, "meaning": meaning, "frames": len(files)}
     else:
         source, masks, doubts, metadata = open_model(args, scored, folder, root, out, device)
-    own_clip = bool(args.data and not args.features and not source.annotated)
 
     # predict, write, score, draw
     command = f"python {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}"
@@ -268,7 +268,7 @@ def main() -> None:
         scores = results.write_scores(place, rows, args.protocol)
         files = files or [place / f"outputs/{row['index']:05d}.png" for row in rows]
         unsure = max(doubts, key=lambda row: doubts[row]) if doubts else 0
-        if doubts and (args.masks or own_clip):
+        if doubts:
             results.write_unsure(place / "draw", source.frames[unsure], files[unsure], meaning)
         if not args.no_pictures:
             results.write_pictures(place, name, source, files, meaning, rows, scores,
@@ -289,7 +289,7 @@ def main() -> None:
     print(f"seconds: predict, write and score {seconds:.3f} ({len(rows) / seconds:,.0f} frames/s)")
     look = "" if args.no_pictures else f"; open {out / 'report.html'}"
     cli.say(f"wrote {out}: {len(rows)} frames{look}")
-    if doubts and (args.masks or own_clip):
+    if doubts:
         ask_for_mask(args, out, source.frames[unsure], len({row["clip"] for row in rows}) > 1)
     elif not args.predictions:
         cli.say(f"next: python package.py --results {shlex.quote(str(out))}")
