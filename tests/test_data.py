@@ -43,7 +43,7 @@ def test_reads_what_numpy_wrote_wherever_it_is_kept(tmp_path, dtype, levels, res
 
 def test_cues_come_after_the_levels(folder):
     loaded = load(folder, ["s16"], cues=True)
-    assert [level.shape[1] for level in loaded.levels] == [4, 4]
+    assert [level.shape[1] for level in loaded.levels] == [4, 5]
     np.testing.assert_array_equal(loaded.levels[1].numpy(), np.load(folder / "cues.s16.npy"))
 
 
