@@ -239,7 +239,7 @@ def main() -> None:
     name = (scored.parent if inside else scored).resolve().name
     if scored == PRETRAINED:
         print(f"no --model: takes {PRETRAINED.parent.name}/{PRETRAINED.name}, see the README there")
-        name = root.resolve().stem
+        name = (root or folder).resolve().stem
     out = args.out or Path("results") / name
     inputs = [path for path in (scored, folder, root, args.masks) if path]
     check_output(out, "results", args.overwrite, inputs)

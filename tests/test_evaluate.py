@@ -246,6 +246,12 @@ def test_flags_that_are_wrong_or_do_not_combine_are_refused(made, tmp_path, flag
     refuses("evaluate", *given, *flags.format(made).split(), names=[words], untouched=tmp_path)
 
 
+def test_the_pretrained_decoder_by_name_is_a_model_like_others(made, tmp_path):
+    model = helpers.ROOT / "pretrained/temporal.pt"
+    refuses("evaluate", "--model", model, "--features", made / "val", "--out", tmp_path / "r",
+            names=["val: has no level 's32@0.25'"], untouched=tmp_path)
+
+
 def test_other_weights_on_the_fly_are_refused(real, tmp_path):
     rewrite(real, weights="ffff")
     refuses("evaluate", "--model", real / "run", "--data", real / "davis", "--split", "val", *LITE,
