@@ -187,8 +187,7 @@ def open_model(args: argparse.Namespace, path: Path, folder_path: Path | None, r
     if seen and source.annotated:
         print(f"note: trained on {len(seen)} of these {len(names)} clips; their scores say little")
     source, drawn = part_drawn(source, args.masks)
-    asks = args.masks or not (folder_path or source.annotated)  # at the end for another mask
-    doubts: dict[int, float] | None = {} if asks else None
+    doubts: dict | None = {} if args.masks or not (folder_path or source.annotated) else None
 
     if not folder_path:
         folder_path = out.with_name(f"{out.name}-features")

@@ -71,6 +71,9 @@ BAD = {
     "damaged args": (lambda run: cut(run / "args.json"), "args.json: expected a JSON file"),
     "unknown args": (lambda run: change_json(run / "args.json", args={"colour": 1}), "args.json"),
     "damaged state": (lambda run: cut(run / "last.pt"), "last.pt: cannot be read"),
+    "a step before the first": (
+        lambda run: torch.save(torch.load(run / "last.pt") | {"run": {"step": -1, "best": -1.0}},
+                               run / "last.pt"), "last.pt: does not fit this run"),
     "another state": (lambda run: torch.save({}, run / "last.pt"), "last.pt: "),
     "other features": (change_features, "other features"),
 }

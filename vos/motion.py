@@ -35,8 +35,7 @@ def own_motion(frames: torch.Tensor) -> torch.Tensor:
         for found, pair in zip(both, ((one, other), (other, one))):
             found.append(beside_camera(F.avg_pool2d(flow(*pair), 2, ceil_mode=True)))
     none = small.new_full((1, 1, *small.shape[2:]), 0.0 if len(frames) == 1 else torch.inf)
-    moved = torch.minimum(torch.cat([*both[0], none]), torch.cat([none, *both[1]]))
-    moved = (moved + 0.05).log()
+    moved = (torch.cat([*both[0], none]).minimum(torch.cat([none, *both[1]])) + 0.05).log()
 
     parts = []
     for image, target in zip(small.split(PAIRS), moved.split(PAIRS)):

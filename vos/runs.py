@@ -185,6 +185,8 @@ def load_state(out: Path, parts: dict, state: dict, write: bool) -> dict:
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
             state = {name: type(value)(saved["run"][name]) for name, value in state.items()}
+            if state["step"] < 0:
+                raise ValueError(f"its step is {state['step']}")
         except Exception as error:  # a damaged state can break what loads it in any way
             raise BadInput(f"{out / 'last.pt'}: does not fit this run ({error!r:.200}); remove it "
                            "to go on from the start") from error
