@@ -4,12 +4,11 @@
 
 AlexNet's features of all frames in one tensor on the host, a decoder of one convolution trained
 101 steps, a PNG a frame, read again and scored. Prints JSON: the seconds to featurize, to train,
-and to predict, write and score; peak memory; the mean IoU of the contest; every loss.
+and to predict, write and score; the mean IoU of the contest; every loss.
 B batch, C channels, h w feature grid, H W frame.
 """
 import itertools
 import json
-import resource
 import sys
 import tempfile
 import time
@@ -89,9 +88,7 @@ def run_notebook(root: Path, weights: str | None) -> dict:
             if union:
                 ious.append((prediction * mask).sum() / union)
     times.append(time.perf_counter())
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return {"seconds": np.diff(times).tolist(), "peak_gb": usage.ru_maxrss * 1024 / 1e9,
-            "mean_iou": float(np.mean(ious)), "losses": losses}
+    return {"seconds": np.diff(times).tolist(), "mean_iou": float(np.mean(ious)), "losses": losses}
 
 
 def main() -> None:

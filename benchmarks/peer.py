@@ -8,11 +8,9 @@ import json
 import os
 import platform
 import re
-import resource
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,42 +21,42 @@ from vos import cli
 from vos.inputs import BadInput
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = (  # the README's; the first two get --data and --weights
-    "featurize.py --featurizer alexnet --split train",
-    "featurize.py --featurizer alexnet --split val",
-    "train.py --features features/alexnet-train --no-pictures --log-every 1000",
-    "evaluate.py --model runs/simple --features features/alexnet-val --no-pictures",
+NOTEBOOK = "benchmarks/notebook.py --data {data}"
+SCRIPTS = (  # the README's
+    "featurize.py --data {data} --split train --featurizer alexnet --device cpu",
+    "featurize.py --data {data} --split val --featurizer alexnet --device cpu",
+    "train.py --features features/alexnet-train --no-pictures --log-every 1000 --device cpu",
+    "evaluate.py --model runs/simple --features features/alexnet-val --no-pictures --device cpu",
 )
 ROWS = ("featurize, s", "101 steps, s", "predict, write, score, s", "peak memory, GB")
 
 
-def run_notebook(root: Path, weights: str | None) -> list[float]:
-    """Run notebook.py as a process; return ROWS and mean IoU."""
-    command = [sys.executable, str(ROOT / "benchmarks/notebook.py"), "--data", str(root)]
-    done = subprocess.run(command + (["--weights", weights] if weights else []), text=True,
-                          capture_output=True)
-    if done.returncode:
-        raise BadInput(f"status {done.returncode} of {done.stderr[-1000:]}")
-    told = json.loads(done.stdout)
-    return [*told["seconds"], told["peak_gb"], told["mean_iou"]]
+def run(command: str, folder: str, data: Path, weights: str | None) -> tuple[str, float]:
+    """Run a script in `folder`; return what it prints, and its peak memory in GB. BadInput."""
+    script, *flags = (part.format(data=data) for part in command.split())
+    flags += ["--weights", weights] if weights and "--data" in flags else []
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen([sys.executable, ROOT / script, *flags], cwd=folder,
+                                   env={**os.environ, "WANDB_MODE": "disabled"}, stdout=said,
+                                   stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+        said.seek(0)
+        text = said.read()
+    if status:
+        raise BadInput(f"{script}: status {os.waitstatus_to_exitcode(status)} of {text[-1000:]}")
+    return text, usage.ru_maxrss * 1024 / 1e9
 
 
-def run_scripts(root: Path, weights: str | None) -> list[float]:
-    """Run COMMANDS as processes; return ROWS, with seconds as they print them, and mean IoU."""
-    inputs = ["--data", str(root)] + (["--weights", weights] if weights else [])
-    seconds = []
+def take_turn(data: Path, weights: str | None) -> tuple[list[float], list[float]]:
+    """Return ROWS and mean IoU of the scripts, by the seconds they print, and of the notebook."""
     with tempfile.TemporaryDirectory() as folder:
-        for script, *flags in map(str.split, COMMANDS):
-            flags += ["--device", "cpu", "--wandb", "disabled"]
-            flags += inputs if script == "featurize.py" else []
-            done = subprocess.run([sys.executable, ROOT / script, *flags], cwd=folder, text=True,
-                                  capture_output=True)
-            if done.returncode:
-                raise BadInput(f"status {done.returncode} of {done.stderr[-1000:]}")
-            seconds.append(float(re.search(r"seconds: [^\d\n]*([\d.]+)", done.stdout)[1]))
+        done = [run(script, folder, data, weights) for script in SCRIPTS]
+        seconds = [float(re.search(r"seconds: [^\d\n]*([\d.]+)", said)[1]) for said, _ in done]
         scores = json.loads(Path(folder, "results/simple/scores.json").read_text())
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return [sum(seconds[:2]), *seconds[2:], usage.ru_maxrss * 1024 / 1e9, scores["mean_iou"]]
+        said, peak = run(NOTEBOOK, folder, data, weights)
+    told = json.loads(said.splitlines()[-1])
+    ours = [sum(seconds[:2]), *seconds[2:], max(peak for _, peak in done), scores["mean_iou"]]
+    return ours, [*told["seconds"], peak, told["mean_iou"]]
 
 
 def describe_machine() -> str:
@@ -75,21 +73,16 @@ def main() -> None:
     parser.add_argument("--weights", type=os.path.abspath, help="AlexNet's (torchvision's)")
     parser.add_argument("--turns", type=cli.count(1000), default=3, help="runs of each (3)")
     args = parser.parse_args()
-    machine, turns = describe_machine(), []  # its load before it is busy
-
-    for _ in cli.progress(range(args.turns), "turns"):
-        for pipeline in (run_scripts, run_notebook):  # the first checks its input
-            with ProcessPoolExecutor(1, max_tasks_per_child=1) as pool:  # with a peak of its own
-                turns.append(pool.submit(pipeline, args.data.resolve(), args.weights).result())
-
+    machine = describe_machine()  # its load before it is busy
+    turns = cli.progress(range(args.turns), "turns")
+    values = np.array([take_turn(args.data.resolve(), args.weights) for _ in turns])
     print(f"{machine}\n\n| median of {args.turns} (range) | notebook | here | times |\n"
           "|---|--:|--:|--:|")
-    for what, values in zip(ROWS, np.array(turns).T):
-        ours, theirs = values[::2], values[1::2]
+    for what, (ours, theirs) in zip(ROWS, values.T):
         cells = [f"{np.median(x):.3g} ({min(x):.3g} to {max(x):.3g})"
                  for x in (theirs, ours, theirs / ours)]
         print(f"| {what} | {' | '.join(cells)} |")
-    print(f"\nmean IoU: notebook {turns[1][-1]:.4f}, here {turns[0][-1]:.4f}")
+    print(f"\nmean IoU: notebook {values[0, 1, -1]:.4f}, here {values[0, 0, -1]:.4f}")
 
 
 if __name__ == "__main__":
