@@ -324,9 +324,9 @@ def load_model(path: str | Path, size: tuple[int, int] | None = None,
         raise BadInput(f"{path}: format {model['format']!r}, expected {FORMAT}; train it anew")
     try:
         own = {level: tuple(shape) for level, shape in model["shapes"].items()}
-        for grid in (model["size"], *(list(shape[1:]) for shape in own.values())):
-            if not is_shape(grid, 2) or math.prod(grid) > 1 << 26:
-                raise ValueError(f"no frames or features have the size {grid}")
+        for shape in ([3, *model["size"]], *map(list, own.values())):
+            if not is_shape(shape, 3) or math.prod(shape[1:]) > 1 << 26:
+                raise ValueError(f"no frames or features have the shape {shape}")
         decoder = make_decoder(model["decoder"], shapes or own, size or tuple(model["size"]))
         if model["returns"] != decoder.returns:
             raise ValueError(f"it returned {model['returns']}, which now are {decoder.returns}")

@@ -20,6 +20,14 @@ def test_decompression_bomb_is_refused_by_its_header(tmp_path):
             read(tmp_path / "bomb.png")
 
 
+def test_a_mask_is_written_as_any_reader_reads_it(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (37, 53), np.uint8).cumsum(1, np.uint8)
+    images.write_mask(tmp_path / "a.png", pixels)
+    with Image.open(tmp_path / "a.png") as image:
+        assert (image.format, image.mode) == ("PNG", "L")
+        np.testing.assert_array_equal(image, pixels)
+
+
 def test_what_is_no_image_file_is_named_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "folder.jpg").mkdir()

@@ -1,7 +1,9 @@
 """Image files: decoded as a viewer shows them, and written, GIFs too."""
 import contextlib
 import io
+import struct
 import warnings
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -44,6 +46,19 @@ def write_image(path: Path, pixels: np.ndarray, **options) -> None:
     options.setdefault("format", Image.registered_extensions().get(path.suffix.lower()))
     Image.fromarray(pixels).save(memory, **options)
     path.write_bytes(memory.getvalue())
+
+
+def write_mask(path: Path, pixels: np.ndarray) -> None:
+    """Write uint8 [H, W] as a grey PNG, in threads side by side, which Pillow's encoder is not."""
+    height, width = pixels.shape
+    rows = np.full((height, 1 + width), 2, np.uint8)  # each after its filter: less the row above
+    rows[:, 1:] = np.diff(pixels, axis=0, prepend=np.uint8(0))
+    packer = zlib.compressobj(1, strategy=zlib.Z_RLE)  # runs alone, in half the time
+    chunks = ((b"IHDR", struct.pack(">2I5B", width, height, 8, 0, 0, 0, 0)),
+              (b"IDAT", packer.compress(rows) + packer.flush()), (b"IEND", b""))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks))
 
 
 def write_gif(path: Path, images: Iterable[np.ndarray], fps: float) -> None:

@@ -1,7 +1,6 @@
 """What evaluate.py leaves: outputs, scores, and pictures for people who look. H W frame."""
 import csv
 import io
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import date
 from html import escape
@@ -13,7 +12,7 @@ import numpy as np
 
 from vos import clips, metrics
 from vos.cli import progress
-from vos.images import write_gif, write_image
+from vos.images import write_gif, write_image, write_mask
 from vos.outputs import write_json, write_text
 from vos.pictures import overlay
 from vos.sources import Source, clip_ranges
@@ -27,8 +26,7 @@ def write_outputs(out: Path, predictions: Iterable[np.ndarray], source: Source,
         frame, mask = source.frames[index], source.mask(index)
         pixels = clips.resize(pixels, source.sizes[index])
         if write:
-            file = out / f"outputs/{index:05d}.png"  # runs alone are packed, in half the time
-            write_image(file, pixels, compress_level=1, compress_type=zlib.Z_RLE)
+            write_mask(out / f"outputs/{index:05d}.png", pixels)
         scores = (None,) * 3 if mask is None else metrics.score_frame(pixels > 127, mask)
         return {"index": index, "clip": frame.clip, "frame": frame.name,
                 **dict(zip(("iou", "J", "F"), scores))}
