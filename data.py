@@ -139,12 +139,9 @@ def pool_masks(features: Features, cells: tuple[torch.Tensor, torch.Tensor]) -> 
 
 
 def unpack(packed: torch.Tensor, width: int) -> torch.Tensor:
-    """Unpack masks, uint8 [..., ceil(W / 8)] -> bool [..., W]."""
-    if packed.device.type == "cpu":
-        bits = np.unpackbits(packed.numpy(), axis=-1, count=width)
-        return torch.from_numpy(bits).view(torch.bool)
-    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
-    return (packed[..., None] >> shifts & 1).flatten(-2)[..., :width].bool()
+    """Unpack masks on the host, uint8 [..., ceil(W / 8)] -> bool [..., W] where they were."""
+    bits = np.unpackbits(packed.cpu().numpy(), axis=-1, count=width)
+    return torch.from_numpy(bits).view(torch.bool).to(packed.device)
 
 
 def batch_order(clips: np.ndarray, batch: int, order: str, seed: int, step: int) -> np.ndarray:

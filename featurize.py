@@ -34,7 +34,7 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--levels", type=cli.parse_levels, help="comma-separated strides to store, "
                        "such as s8,s16,s16@0.5 (default: the featurizer's own)")
     group.add_argument("--views", type=clips.parse_views, default=[], metavar="VIEW,...",
-                       help="views of every frame to train on too: zoom1.5, zoom0.7")
+                       help="views of every second frame to train on too: zoom1.5, zoom0.7")
     group.add_argument("--cues", action=argparse.BooleanOptionalAction, help="store what whole "
                        "clips tell about each position (default: with several levels)")
     group.add_argument("--weights", help="a state dict, or 'random' (default: pretrained)")

@@ -31,16 +31,13 @@ def check(folder: Path) -> tuple[list[str], dict]:
     """Return the outputs that paths.json names, and metadata.json. BadInput at a broken rule."""
     listed, described = folder / "paths.json", folder / "metadata.json"
     outputs, metadata = read_paths(listed).get("output", []), read_json(described)
-    try:
-        count, frames = metadata.get("nparams"), metadata.get("frames", len(outputs))
-        sizes = list(metadata.get("sizes") or [metadata.get("size")] * len(outputs))
-    except (AttributeError, TypeError) as error:
-        raise BadInput(f"{described}: expected what evaluate.py writes ({error})") from error
+    count, frames = metadata.get("nparams"), metadata.get("frames", len(outputs))
+    sizes = metadata.get("sizes") or [metadata.get("size")] * len(outputs)
     if type(count) is not int or not 0 <= count < LIMIT:
         raise BadInput(f"{described}: nparams is {count}; the contest allows fewer than {LIMIT:,}, "
                        "of featurizer and decoder together")
-    if not outputs or not len(outputs) == len(sizes) == frames:
-        raise BadInput(f"{described}: speaks of {frames} frames and {len(sizes)} sizes, but "
+    if not outputs or type(sizes) is not list or not len(outputs) == len(sizes) == frames:
+        raise BadInput(f"{described}: speaks of {frames} frames, sizes {str(sizes)[:100]}, but "
                        f"{listed} of {len(outputs)} outputs")
 
     for name, size in zip(outputs, sizes):

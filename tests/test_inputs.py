@@ -37,15 +37,15 @@ def test_only_regular_files_of_a_fitting_size_are_opened(tmp_path):
 
 
 @pytest.mark.parametrize("content", [
-    b"", b"{", b"[1, NaN]", b"[Infinity]", b'{"a": 1} b', b"\xff\xfe", b"[" * 100_000,
+    b"", b"{", b'{"a": NaN}', b'{"a": Infinity}', b"[]", b'{"a": 1} b', b"\xff\xfe", b"[" * 100_000,
     b"1" * 10_000])
 def test_what_is_no_json_is_refused(tmp_path, content):
     (tmp_path / "x.json").write_bytes(content)
-    refuses("x.json: expected a JSON file", inputs.read_json, tmp_path / "x.json")
+    refuses("x.json: expected a JSON object", inputs.read_json, tmp_path / "x.json")
 
 
 @pytest.mark.parametrize("table", [
-    [], 1, {"raw": ["a"]}, {"raw": {"1": "a"}}, {"raw": {"0": "a", "2": "b"}}, {"raw": {"0": 1}},
+    {"raw": ["a"]}, {"raw": {"1": "a"}}, {"raw": {"0": "a", "2": "b"}}, {"raw": {"0": 1}},
     {"raw": {"0": "a", "01": "b"}}, {"raw": {"0": "a", "x": "b"}}, {"raw": None}])
 def test_a_paths_json_of_another_form_is_refused(tmp_path, table):
     file = tmp_path / "paths.json"

@@ -74,12 +74,12 @@ BROKEN = [  # what is done to the folder, and words of the line that says so
     (image("L", format="JPEG"), "00001.png: is not an 8-bit grey PNG"),
     *[(image(mode), "is not an 8-bit grey PNG") for mode in ("RGB", "LA", "P", "1", "I;16")],
     (image("L", (40, 60)), "outputs/00001.png: is [60, 40] (H, W), its frame [40, 60]"),
-    (lambda f: cut(f / "metadata.json"), "metadata.json: expected a JSON file"),
-    (lambda f: write_json(f / "metadata.json", []), "metadata.json: expected what evaluate.py"),
+    (lambda f: cut(f / "metadata.json"), "metadata.json: expected a JSON object"),
+    (lambda f: write_json(f / "metadata.json", []), "metadata.json: expected a JSON object"),
     *[(metadata(nparams=bad), "metadata.json: nparams") for bad in (..., "few", True, -1, 1.5)],
     (metadata(nparams=50_000_000), "fewer than 50,000,000"),
-    (metadata(frames=4), "4 frames"), (metadata(sizes=SIZES[:1]), "1 sizes"),
-    (metadata(sizes=5), "metadata.json: expected what evaluate.py"),
+    (metadata(frames=4), "4 frames"), (metadata(sizes=SIZES[:1]), "sizes [["),
+    (metadata(sizes=5), "metadata.json: speaks of 3 frames, sizes 5"),
 ]
 
 

@@ -68,7 +68,7 @@ def change_features(run: Path) -> None:
 
 BAD = {
     "no args": (lambda run: (run / "args.json").unlink(), "args.json: no such file"),
-    "damaged args": (lambda run: cut(run / "args.json"), "args.json: expected a JSON file"),
+    "damaged args": (lambda run: cut(run / "args.json"), "args.json: expected a JSON object"),
     "unknown args": (lambda run: change_json(run / "args.json", args={"colour": 1}), "args.json"),
     "damaged state": (lambda run: cut(run / "last.pt"), "last.pt: cannot be read"),
     "a step before the first": (

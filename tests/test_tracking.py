@@ -25,8 +25,9 @@ def log_some(run, home):
     for step in range(3):
         run.log({"loss": 1.0 / (step + 1), "lr": LR}, step=step)
     run.image(2, np.zeros((6, 8, 3), np.uint8), ~MASK, MASK, caption="bear")
-    tracking.log_model(run, "linear", home / "model.pt", checkpoints, {"val_iou": 0.5})
-    tracking.log_scores(run, "linear", "val", [], {"mean_iou": 0.25})
+    files = {path.name: path for path in (home / "model.pt", *checkpoints)}
+    run.artifact("linear", "trained-model", files, {"val_iou": 0.5}, ["best"])
+    tracking.log_results(run, home, {}, "linear-result", "val", None, [], [], {"mean_iou": 0.25})
 
 
 def check_run(server):
@@ -117,10 +118,10 @@ def test_an_offline_run_is_uploaded_by_the_advice_it_gives(tmp_path, server, cap
 def test_a_failed_script_is_a_failed_run(server, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")  # the flag goes first
     with pytest.raises(RuntimeError), tracking.start("online", "train", {}, []) as run:
-        tracking.log_model(run, "linear", Path(__file__), [], {"val_iou": None})
+        run.artifact("linear", "trained-model", {"model.pt": Path(__file__)}, {})
         raise RuntimeError("the script's own")
     assert server.runs.popitem()[1]["exit"] == 1
-    assert server.artifact("linear:latest")["aliases"] == ["latest"]  # best is for validated ones
+    assert server.artifact("linear:latest")["aliases"] == ["latest"]
 
 
 def test_a_server_that_dies_in_mid_run(tmp_path, server, monkeypatch, capfd):
@@ -132,7 +133,7 @@ def test_a_server_that_dies_in_mid_run(tmp_path, server, monkeypatch, capfd):
             run.log({"loss": 1.0}, step=step)
             server.stop()
         for name in ("linear", "simple"):
-            tracking.log_model(run, name, tmp_path / "model.pt", [], {})
+            run.artifact(name, "trained-model", {"model.pt": tmp_path / "model.pt"}, {})
     printed = capfd.readouterr().err
     told = [printed.count(f"the artifact {name} could not") for name in ("linear", "simple")]
     assert told == [1, 1]

@@ -131,10 +131,6 @@ class Group(NamedTuple):
         if self.size > 1:
             dist.barrier()
 
-    def wrap(self, decoder: torch.nn.Module) -> torch.nn.Module:
-        """Return a module whose gradients are averaged over the processes."""
-        return torch.nn.parallel.DistributedDataParallel(decoder) if self.size > 1 else decoder
-
 
 ALONE = Group()
 

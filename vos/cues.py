@@ -18,13 +18,14 @@ def clip_cues(level: torch.Tensor, motion: torch.Tensor) -> torch.Tensor:
     border = torch.ones(frames, height, width, dtype=torch.bool, device=level.device)
     border[:, edge:-edge, edge:-edge] = False
 
-    far = distance(level, border.float())
+    flat = level.permute(0, 2, 3, 1).reshape(-1, level.shape[1])
+    far = distance(flat, border.float())
     for _ in range(2):
         at_border = far[border]
         some = at_border[:: 1 + len(at_border) // 1_000_000]  # quantile takes 16 million at most
         usual = border & (far < some.quantile(0.9))
-        far = distance(level, ((far < far.median()) | usual).float())
-    rare = distance(level, torch.ones_like(far))
+        far = distance(flat, ((far < far.median()) | usual).float())
+    rare = distance(flat, torch.ones_like(far))
 
     spread = level.std((0, 2, 3))[:, None, None] + 1e-3
     median = level.median(0).values
@@ -40,17 +41,15 @@ def clip_cues(level: torch.Tensor, motion: torch.Tensor) -> torch.Tensor:
     return (cues - cues.mean((0, 2, 3), keepdim=True)) / (cues.std((0, 2, 3), keepdim=True) + 1e-3)
 
 
-def distance(level: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return the log squared Mahalanobis distance from what `weight` [T, h, w] names, [T, h, w]."""
-    frames, channels, height, width = level.shape
-    x = level.permute(0, 2, 3, 1).reshape(-1, channels)
+def distance(flat: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return log squared Mahalanobis distance of places [n, C] from those in `weight` [T, h, w]."""
     share = weight.reshape(-1) / weight.sum().clamp_min(1e-6)
-    x = x - share @ x
+    x = flat - share @ flat
     covariance = (x * share[:, None]).T @ x
     spread = covariance.diagonal().mean().clamp_min(1e-6)  # not 0 where nothing differs
-    covariance += 0.1 * spread * torch.eye(channels, device=x.device)
+    covariance += 0.1 * spread * torch.eye(x.shape[1], device=x.device)
     whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), x.T, upper=False)
-    return whitened.square().sum(0).add(1e-6).log().reshape(frames, height, width)
+    return whitened.square().sum(0).add(1e-6).log().view_as(weight)
 
 
 def aligned_change(level: torch.Tensor) -> torch.Tensor:

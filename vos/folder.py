@@ -5,7 +5,7 @@
     masks.npy         [N, H, ceil(W / 8)] uint8, np.packbits along W; absent without annotations
     paths.json, meta.json: see docs/formats.md
 
-N rows: all frames, then all frames again for each view; C channels, h w grid, H W mask.
+N rows: all frames, then every second one again for each view; C channels, h w grid, H W mask.
 """
 import math
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ import numpy as np
 from vos.inputs import BadInput, is_name, is_shape, opened, read_json, read_paths
 
 FORMAT = 2
-CUES = 2  # version of what vos/cues.py finds
+CUES = 3  # version of what vos/cues.py finds
 AGAIN = "make the folder anew with featurize.py"
 
 
@@ -66,12 +66,10 @@ def array_name(level: str, levels) -> str:
 
 def list_arrays(meta: dict, masks: bool) -> dict[str, tuple[int, ...]]:
     """Return {file: shape} of the arrays that belong to a meta.json."""
-    rows, (height, width) = len(meta["clips"]), meta["size"]
-    arrays = {}
-    for level, shape in meta["levels"].items():
-        arrays[array_name(level, meta["levels"])] = (rows, *shape)
-        if meta["cues"] is not None:
-            arrays[f"cues.{level}.npy"] = (rows, 5, *shape[1:])
+    rows, levels, (height, width) = len(meta["clips"]), meta["levels"], meta["size"]
+    arrays = {array_name(level, levels): (rows, *shape) for level, shape in levels.items()}
+    if meta["cues"] is not None:
+        arrays |= {f"cues.{level}.npy": (rows, 5, *shape[1:]) for level, shape in levels.items()}
     if masks:
         arrays["masks.npy"] = (rows, height, -(-width // 8))
     return arrays
@@ -101,9 +99,9 @@ def open_features(path: str | Path) -> FeatureFolder:
         raise BadInput(f"{path / 'paths.json'}: expected {rows} paths in each column; {AGAIN}")
 
     shapes = {level: (c, h, w) for level, (c, h, w) in meta["levels"].items()}
-    looks = 1 + len(meta["views"])
-    clips = np.tile(meta["clips"][:rows // looks], looks)
-    return FeatureFolder(path, meta, paths, shapes, tuple(meta["size"]), rows // looks, clips)
+    frames = meta["frames"]
+    clips = meta["clips"][:frames] + [clip.rpartition("@")[0] for clip in meta["clips"][frames:]]
+    return FeatureFolder(path, meta, paths, shapes, tuple(meta["size"]), frames, np.array(clips))
 
 
 def read_meta(file: Path) -> dict:
@@ -113,6 +111,7 @@ def read_meta(file: Path) -> dict:
         if meta["format"] != FORMAT:
             raise BadInput(f"{file}: format {meta['format']!r}, expected {FORMAT}; {AGAIN}")
         rows, levels = len(meta["clips"]), meta["levels"].values()
+        frames = meta.setdefault("frames", rows // (1 + len(meta["views"])))  # as it was before
         lists = ("clips", "names", "views")
         flags, sizes = meta["labelled"] or [True] * rows, meta["sizes"] or [meta["size"]] * rows
         names = [*meta["levels"], *(name for key in lists for name in meta[key])]
@@ -122,7 +121,9 @@ def read_meta(file: Path) -> dict:
             "sizes": len(sizes) == rows and all(is_shape(size, 2) for size in sizes),
             "labelled": len(flags) == rows and set(map(type, flags)) == {bool},
             "clips": all(map(is_name, names)) and all(type(meta[key]) is list for key in lists),
-            "names": len(meta["names"]) == rows > 0 and rows % (1 + len(meta["views"])) == 0,
+            "names": len(meta["names"]) == rows > 0,
+            "frames": type(frames) is int and 0 < frames <= rows,
+            "views": all("@" in clip for clip in meta["clips"][frames:]),
             "cues": meta["cues"] in (None, CUES),
             "parameters": 0 <= meta["parameters"] + meta["flops_per_frame"] < 1 << 63,
             "sha256": list_arrays(meta, masks=False).keys() <= meta["sha256"].keys(),

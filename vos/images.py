@@ -50,12 +50,11 @@ def write_image(path: Path, pixels: np.ndarray, **options) -> None:
 
 def write_mask(path: Path, pixels: np.ndarray) -> None:
     """Write uint8 [H, W] as a grey PNG, in threads side by side, which Pillow's encoder is not."""
-    height, width = pixels.shape
-    rows = np.full((height, 1 + width), 2, np.uint8)  # each after its filter: less the row above
-    rows[:, 1:] = np.diff(pixels, axis=0, prepend=np.uint8(0))
+    rows = np.diff(pixels, axis=0, prepend=np.uint8(0))
+    rows = np.pad(rows, ((0, 0), (1, 0)), constant_values=2)  # a row's filter: less the one above
     packer = zlib.compressobj(1, strategy=zlib.Z_RLE)  # runs alone, in half the time
-    chunks = ((b"IHDR", struct.pack(">2I5B", width, height, 8, 0, 0, 0, 0)),
-              (b"IDAT", packer.compress(rows) + packer.flush()), (b"IEND", b""))
+    chunks = ((b"IHDR", struct.pack(">2I5B", *pixels.shape[::-1], 8, 0, 0, 0, 0)),
+              (b"IDAT", packer.compress(rows.tobytes()) + packer.flush()), (b"IEND", b""))
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
         for name, data in chunks))

@@ -33,13 +33,13 @@ def opened(path: Path, limit: int | None = None) -> Iterator[IO[bytes]]:
         yield file
 
 
-def read_json(path: Path):
-    """Return what a JSON file holds. Raises BadInput."""
+def read_json(path: Path) -> dict:
+    """Return the object that a JSON file holds. Raises BadInput."""
     with opened(path, JSON_LIMIT) as file:
         try:
-            return json.loads(file.read().decode("utf-8"), parse_constant=int)  # not NaN
-        except (OSError, ValueError, RecursionError) as error:
-            raise BadInput(f"{path}: expected a JSON file, found {error}") from error
+            return {**json.loads(file.read().decode("utf-8"), parse_constant=int)}  # not NaN
+        except (OSError, TypeError, ValueError, RecursionError) as error:
+            raise BadInput(f"{path}: expected a JSON object, found {error}") from error
 
 
 def read_paths(file: Path) -> dict[str, list[str]]:

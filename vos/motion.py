@@ -1,7 +1,8 @@
 """What moves in a clip otherwise than the camera. T its frames, n pairs of them, h w pixels.
 
 Sources: Lucas and Kanade, "An Iterative Image Registration Technique", IJCAI 1981, from coarse to
-fine, with the smoothness of Horn and Schunck, "Determining Optical Flow", 1981.
+fine, with the smoothness of Horn and Schunck, "Determining Optical Flow", 1981, which ends where
+motion does as in Black and Anandan, "The Robust Estimation of Multiple Motions", CVIU 1996.
 """
 import torch
 import torch.nn.functional as F
@@ -10,8 +11,10 @@ from vos.refine import box, fit_window
 
 SHRINK = 4  # frames are compared at a size this much smaller
 SCALES = 5  # each half the size of the one before
-STEPS = 8  # at each scale
-PULL = 0.2  # of the neighbours' mean motion, beside the contrast of a window
+STEPS = 4  # at each scale
+PULL = 0.05  # of the neighbours' motion, beside the contrast of a window
+REACH = 6  # of these neighbours, in pixels of half the size
+ALIKE = 0.2  # pixels: a neighbour that moves otherwise by more counts less than half
 EDGES = 6  # radius of the windows in which it follows the frame's colours, see vos/refine.py
 PAIRS = 8  # of frames at a time
 
@@ -30,30 +33,38 @@ def own_motion(frames: torch.Tensor) -> torch.Tensor:
     smaller counts: what is uncovered has no match in one of them. It follows the frame's edges.
     """
     small = F.avg_pool2d(frames, 2, ceil_mode=True)
+    pairs = [zip(x[:-1].split(PAIRS), x[1:].split(PAIRS)) for x in pyramid(frames)]
     both: tuple[list, list] = [], []  # to the next frame, and to the one before
-    for one, other in zip(frames[:-1].split(PAIRS), frames[1:].split(PAIRS)):
-        for found, pair in zip(both, ((one, other), (other, one))):
-            found.append(beside_camera(F.avg_pool2d(flow(*pair), 2, ceil_mode=True)))
+    for there in zip(*pairs):  # (one, other) at each scale
+        for found, way in zip(both, (there, [pair[::-1] for pair in there])):
+            found.append(beside_camera(F.avg_pool2d(flow(way), 2, ceil_mode=True)))
     none = small.new_full((1, 1, *small.shape[2:]), 0.0 if len(frames) == 1 else torch.inf)
     moved = (torch.cat([*both[0], none]).minimum(torch.cat([none, *both[1]])) + 0.05).log()
 
-    parts = []
-    for image, target in zip(small.split(PAIRS), moved.split(PAIRS)):
-        slope, offset = (box(x, EDGES) for x in fit_window(image, target, EDGES))
-        parts.append((slope * image).sum(1, keepdim=True) + offset)
-    return torch.cat(parts)
+    slope, offset = (box(x, EDGES) for x in fit_window(small, moved, EDGES))
+    return (slope * small).sum(1, keepdim=True) + offset
 
 
-def flow(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Return where in `other` each pixel of `one` is: [n, 2, h, w], columns and rows to add."""
-    scales = [(one, other)]
-    while len(scales) < SCALES and min(scales[-1][0].shape[2:]) >= 8:
-        one, other = F.avg_pool2d(one, 2), F.avg_pool2d(other, 2)
-        scales.append((one, other))
+def pyramid(frames: torch.Tensor) -> list[torch.Tensor]:
+    """Return frames at SCALES, coarse to fine, less the mean of a window, over its contrast."""
+    scales = [frames]
+    while len(scales) < SCALES and min(scales[-1].shape[2:]) >= 8:
+        scales.append(F.avg_pool2d(scales[-1], 2))
+    even = []
+    for image in reversed(scales):
+        mean = box(image, 3)
+        contrast = (box(image * image, 3) - mean * mean).clamp_min(0).mean(1, keepdim=True).sqrt()
+        even.append((image - mean) / (contrast + 0.1))
+    return even
 
-    moved = torch.zeros_like(scales[-1][0][:, :2])
-    for one, other in reversed(scales):
-        one, other = even_contrast(one), even_contrast(other)
+
+def flow(pairs) -> torch.Tensor:
+    """Return where in the other frame each pixel of one is: [n, 2, h, w], columns and rows to add.
+
+    pairs: (one, other) at each scale, as `pyramid` returns them, [n, 3, h, w] the last.
+    """
+    moved = torch.zeros_like(pairs[0][0][:, :2])
+    for one, other in pairs:
         height, width = one.shape[2:]
         larger = torch.tensor([[[width / moved.shape[3]]], [[height / moved.shape[2]]]])
         moved = F.interpolate(moved, (height, width), mode="bilinear") * larger.to(one.device)
@@ -72,17 +83,20 @@ def flow(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
             place = torch.stack([x * 2 / max(width - 1, 1), y * 2 / max(height - 1, 1)], 3) - 1
             there = F.grid_sample(other, place, padding_mode="border", align_corners=True)
             wrong = torch.stack([(side * (there - one)).sum(1) for side in (across, down)], 1)
-            x, y = (PULL * (box(moved, 5) - moved) - box(wrong, 2)).unbind(1)
+            x, y = (PULL * (neighbours(moved) - moved) - box(wrong, 2)).unbind(1)
             step = torch.stack([yy * x - xy * y, xx * y - xy * x], 1)
             moved = moved + (step / (xx * yy - xy * xy)[:, None]).clamp(-1, 1)
     return moved
 
 
-def even_contrast(image: torch.Tensor) -> torch.Tensor:
-    """Return an image [n, 3, h, w] less the mean of a window, over the contrast there."""
-    mean = box(image, 3)
-    contrast = (box(image * image, 3) - mean * mean).clamp_min(0).mean(1, keepdim=True).sqrt()
-    return (image - mean) / (contrast + 0.1)
+def neighbours(moved: torch.Tensor) -> torch.Tensor:
+    """Return the mean motion round each place, in which what moves otherwise counts less."""
+    size = moved.shape[2:]
+    mean = box(F.avg_pool2d(moved, 2, ceil_mode=True), REACH)
+    beside = (moved - F.interpolate(mean, size, mode="bilinear")) / ALIKE
+    weight = 1 / (1 + beside.square().sum(1, keepdim=True))
+    sums = box(F.avg_pool2d(torch.cat([moved * weight, weight], 1), 2, ceil_mode=True), REACH)
+    return F.interpolate(sums[:, :2] / sums[:, 2:], size, mode="bilinear")
 
 
 def beside_camera(moved: torch.Tensor) -> torch.Tensor:

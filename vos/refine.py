@@ -25,11 +25,11 @@ def adapt(decoder, features, index: torch.Tensor, drawn: torch.Tensor, targets: 
     decoder was wrongly sure of: a second learns it, and in two rounds the positions of which the
     last copy is sure and that the decoder never saw otherwise.
     """
-    rounds, guessed, rate = 1, 8, 5e-4
+    rounds, rate = 1, 5e-4
     if len(drawn) >= ENOUGH:
         rate = 4e-3
     elif len(drawn):  # fewer steps, since most are of three times as many frames
-        rounds, guessed, rate, steps = 3, 4, 2e-3, -(-steps * 3 // 5)
+        rounds, rate, steps = 3, 2e-3, -(-steps * 3 // 5)
     bounds = [steps * turn // rounds for turn in range(rounds + 1)]
     before = logits = look(decoder, features, index)
     tuned = copy.deepcopy(decoder)
@@ -49,7 +49,7 @@ def adapt(decoder, features, index: torch.Tensor, drawn: torch.Tensor, targets: 
 
         for step in range(first, stop):
             torch.manual_seed(step)
-            chosen = torch.randperm(len(index))[:0 if alone else guessed]
+            chosen = torch.randperm(len(index))[:0 if alone else 4]
             given = torch.randint(len(drawn), (2,)) if len(drawn) else torch.arange(0)
             output = tuned(features.batch(torch.cat([index[chosen], drawn[given]])))
             guesses, shown = output.split([len(chosen), len(given)])

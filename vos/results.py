@@ -106,9 +106,8 @@ def write_report(path: Path, title: str, rows: Sequence[dict], scores: dict | No
 
 def say_scores(scores: dict) -> str:
     """Say scores in words, with a dash where there is none."""
-    shown = {key: f"{scores[key]:z.3f}" if scores[key] is not None else "–"
-             for key in metrics.MEASURES}
-    return ", ".join(f"{key} {text}" for key, text in shown.items())
+    return ", ".join(f"{key} –" if scores[key] is None else f"{key} {scores[key]:z.3f}"
+                     for key in metrics.MEASURES)
 
 
 def show_clip(rows: Sequence[dict], scores: dict | None) -> str:
@@ -121,19 +120,3 @@ def show_clip(rows: Sequence[dict], scores: dict | None) -> str:
     source = escape(quote(f"overlays/{rows[0]['clip']}.gif"))
     return (f'<figure><img loading="lazy" alt="Overlay of {clip}" src="{source}">'
             f"<figcaption><strong>{clip}</strong> {escape(said)}</figcaption></figure>")
-
-
-def log(tracker, out: Path, metadata: dict, name: str, split: str, source: Source,
-        files: list[Path], rows: list[dict], scores: dict | None) -> None:
-    """Log the submission, and the scores with the contest's table, to Weights & Biases."""
-    from vos import tracking
-    decoder = metadata.get("decoder", name.removesuffix("-result"))
-    if "decoder" in metadata:
-        names = [*(f"outputs/{file.name}" for file in files), "paths.json", "metadata.json"]
-        entries = {name: out / name for name in names}
-        tracker.artifact(f"{decoder}-result", "result", entries, metadata)
-    if scores:
-        table = [(file, source.mask(row["index"]) * np.uint8(255),
-                  -1.0 if row["iou"] is None else row["iou"])
-                 for file, row in zip(files, rows) if row["J"] is not None]
-        tracking.log_scores(tracker, decoder, split, table, scores)

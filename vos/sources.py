@@ -13,7 +13,7 @@ import torch
 
 from vos import cli, clips, cues, featurizers, motion
 from vos.cli import ALONE, Group
-from vos.folder import CUES, FORMAT, FeatureFolder, array_name, list_arrays, open_features
+from vos.folder import CUES, FORMAT, FeatureFolder, list_arrays, open_features
 from vos.inputs import BadInput, inside, sha256
 from vos.layers import count_flops
 from vos.outputs import beside, new_folder, write_json
@@ -106,8 +106,9 @@ def plan_features(source: Source, root: Path, featurizer: featurizers.Featurizer
                   masks: Path | None = None) -> Plan:
     """Say what featurizing will write; masks: where they are, if not below `root`."""
     rows = list(source.frames)
-    for view in views:
-        rows += [row._replace(clip=f"{row.clip}@{view}", view=view) for row in source.frames]
+    for view in views:  # of every second frame: the others would add little but their time
+        rows += [row._replace(clip=f"{row.clip}@{view}", view=view) for row in source.frames[::2]]
+    sizes = source.sizes + source.sizes[::2] * len(views)
     labelled = [row.annotation is not None for row in rows]
     meta = {
         "format": FORMAT, "featurizer": featurizer.name, "levels": featurizer.shapes(size),
@@ -118,7 +119,7 @@ def plan_features(source: Source, root: Path, featurizer: featurizers.Featurizer
         "flops_per_frame": count_flops(featurizer.shapes, size),
         "versions": {"torch": torch.__version__},
         "clips": [row.clip for row in rows], "names": [row.name for row in rows],
-        "sizes": source.sizes * (1 + len(views)) if set(source.sizes) != {size} else None,
+        "frames": len(source.frames), "sizes": sizes if set(sizes) != {size} else None,
         "labelled": labelled if len(set(labelled)) > 1 else None,
         "data": str(root.resolve()), "split": split}
     paths = {"raw": list_paths([row.image for row in rows], root)}
@@ -183,16 +184,15 @@ def write_arrays(place: Path, plan: Plan, featurizer: featurizers.Featurizer, de
                         os.posix_fallocate(handle.fileno(), 0, array.offset + array.nbytes)
     group.wait()
 
-    ranges = list(itertools.chain(*map(windows, clip_ranges(rows))))
+    ranges = list(itertools.chain(*itertools.starmap(windows, clip_ranges(rows))))
     notes = place / "unfinished"
     done = {line for file in notes.glob("*.txt") for line in file.read_text().split()}
     todo = [run for run in ranges[group.rank::group.size] if str(run[0]) not in done]
     if done and group.main:
         print(f"going on from an earlier run: {len(done)} of {len(ranges)} parts are there")
-    names = [array_name(level, meta["levels"]) for level in meta["levels"]]
-    names += [f"cues.{level}.npy" for level in meta["levels"] if meta["cues"]]
+    names = list(list_arrays(meta, masks=False))
     made = featurize_clips(featurizer, rows, todo, meta["size"], meta["dtype"],
-                                   meta["cues"] is not None, device)
+                           meta["cues"] is not None, device)
     for (first, stop), levels in zip(todo, made):
         arrays = {name: level.numpy() for name, level in zip(names, levels)}
         if meaning:
@@ -209,9 +209,8 @@ def write_arrays(place: Path, plan: Plan, featurizer: featurizers.Featurizer, de
             file.write(f"{first}\n")
 
 
-def windows(run: tuple[int, int]) -> list[tuple[int, int]]:
+def windows(first: int, stop: int) -> list[tuple[int, int]]:
     """Part a run of frames evenly where it is long: memory then does not grow with a clip."""
-    first, stop = run
     bounds = np.linspace(first, stop, 1 + -(-(stop - first) // WINDOW)).round().astype(int)
     return list(itertools.pairwise(bounds.tolist()))
 

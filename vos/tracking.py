@@ -5,6 +5,8 @@ import re
 import tempfile
 from pathlib import Path
 
+import numpy as np
+
 from vos.cli import complain
 from vos.inputs import BadInput, inside
 
@@ -143,20 +145,24 @@ def start(mode, job: str, config: dict, inputs: list[str]) -> Run:
     return run
 
 
-def log_model(run: Run, decoder: str, model_path: Path, checkpoints: list, metadata: dict) -> None:
-    """Log a decoder as `<decoder>`, also `best` where its `val_iou` chose it among its steps."""
-    files = {path.name: path for path in (model_path, *checkpoints)}
-    aliases = ["best"] if metadata.get("val_iou") is not None else []
-    run.artifact(decoder, "trained-model", files, metadata, aliases)
-
-
-def log_scores(run: Run, decoder: str, split: str, rows, scores: dict) -> None:
-    """Log scores, and rows (output, target, IoU or -1), PNGs or arrays, as the contest's table."""
+def log_results(run: Run, out: Path, metadata: dict, name: str, split: str | None, source,
+                files: list, rows: list[dict], scores: dict | None) -> None:
+    """Log a results folder as the submission, and the scores of `rows` as the contest's table."""
+    decoder = metadata.get("decoder", name.removesuffix("-result"))
+    if "decoder" in metadata:
+        names = [*(f"outputs/{file.name}" for file in files), "paths.json", "metadata.json"]
+        entries = {name: out / name for name in names}
+        run.artifact(f"{decoder}-result", "result", entries, metadata)
+    if not scores:
+        return
     with run.going_on("the scores"):
         import wandb
         table = wandb.Table(columns=["out", "target", "iou_score"])
-        for output, target, iou in rows:
-            table.add_data(wandb.Image(output, mode="L"), wandb.Image(target, mode="L"), float(iou))
-        scores = {**scores, "segmentation_metric": scores["mean_iou"]}
-        run.artifact(f"{decoder}-result-submission", "submission", {}, scores,
-                     tables=[(table, f"{split}-eval-data")])
+        for file, row in zip(files, rows):
+            if row["J"] is not None:  # its frame has a mask
+                mask, iou = source.mask(row["index"]) * np.uint8(255), row["iou"]
+                table.add_data(wandb.Image(file, mode="L"), wandb.Image(mask, mode="L"),
+                               -1.0 if iou is None else float(iou))
+        run.artifact(f"{decoder}-result-submission", "submission", {},
+                     scores | {"segmentation_metric": scores["mean_iou"]},
+                     tables=[(table, f"{split or 'val'}-eval-data")])
