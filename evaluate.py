@@ -20,13 +20,12 @@ import torch
 
 import data
 import models
-from vos import cli, clips, featurizers, results, sources
+from vos import cli, clips, featurizers, results, sources, tracking
 from vos.inputs import BadInput
 from vos.layers import count_flops
 from vos.metrics import MEASURES, PROTOCOLS
 from vos.outputs import check_output, new_folder, write_json
 from vos.refine import adapt
-from vos.tracking import log_results
 
 PRETRAINED = Path(__file__).with_name("pretrained") / "temporal.pt"
 
@@ -274,7 +273,7 @@ def main() -> None:
             results.write_pictures(place, name, source, files, meaning, rows, scores,
                                    metadata | {"command": command}, scored / "curves.svg")
         if log:
-            log_results(log, place, metadata, name, args.split, source, files, rows, scores)
+            tracking.log_result(log, place, metadata, name, args.split, source, files, rows, scores)
 
     if scores:
         print(f"protocol {args.protocol}; mean_iou is over frames, J and F are means over clips")

@@ -27,7 +27,7 @@ def log_some(run, home):
     run.image(2, np.zeros((6, 8, 3), np.uint8), ~MASK, MASK, caption="bear")
     files = {path.name: path for path in (home / "model.pt", *checkpoints)}
     run.artifact("linear", "trained-model", files, {"val_iou": 0.5}, ["best"])
-    tracking.log_results(run, home, {}, "linear-result", "val", None, [], [], {"mean_iou": 0.25})
+    tracking.log_result(run, home, {}, "linear-result", "val", None, [], [], {"mean_iou": 0.25})
 
 
 def check_run(server):

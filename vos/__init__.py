@@ -1,1 +1,0 @@
-"""What the scripts on top share. A contestant need not open it."""

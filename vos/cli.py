@@ -3,6 +3,7 @@ import argparse
 import atexit
 import contextlib
 import ctypes
+import gc
 import os
 import re
 import sys
@@ -145,6 +146,7 @@ def join(device: torch.device) -> tuple[Group, torch.device]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     atexit.register(dist.destroy_process_group)
+    atexit.register(gc.collect)  # goes first: a wrapped decoder, in a cycle, still holds the group
     rank = int(os.environ["RANK"])
     return Group(rank, size, rank == 0), device
 

@@ -145,8 +145,8 @@ def start(mode, job: str, config: dict, inputs: list[str]) -> Run:
     return run
 
 
-def log_results(run: Run, out: Path, metadata: dict, name: str, split: str | None, source,
-                files: list, rows: list[dict], scores: dict | None) -> None:
+def log_result(run: Run, out: Path, metadata: dict, name: str, split: str | None, source,
+               files: list, rows: list[dict], scores: dict | None) -> None:
     """Log a results folder as the submission, and the scores of `rows` as the contest's table."""
     decoder = metadata.get("decoder", name.removesuffix("-result"))
     if "decoder" in metadata:
