@@ -18,7 +18,6 @@ from vos.folder import AGAIN, FeatureFolder, array_name, open_features  # noqa: 
 from vos.inputs import BadInput, sha256
 
 SPARE = 0.8  # share of the free memory that features and masks may take
-CHUNK = 32 << 20  # bytes looked at at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,9 +107,8 @@ def load_array(file: Path, digest: str, device: torch.device, resident: str | No
         raise BadInput(f"{file}: its SHA-256 is not meta.json's: it was changed; {AGAIN}")
     with warnings.catch_warnings(action="ignore"):  # torch warns that it may not be written to
         array = torch.from_numpy(np.load(file, mmap_mode="r"))
-    for piece in array.split(max(1, CHUNK // array[0].nbytes)):
-        if not all(map(math.isfinite, piece.aminmax())):  # NaN is both
-            raise BadInput(f"{file}: holds NaN or infinity; {AGAIN}")
+    if not all(map(math.isfinite, array.aminmax())):  # NaN is both
+        raise BadInput(f"{file}: holds NaN or infinity; {AGAIN}")
     return array if resident == "disk" else array.to(device, copy=True)
 
 

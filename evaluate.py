@@ -69,23 +69,20 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def open_decoders(path: Path) -> tuple[dict[str, Path], dict]:
-    """Return the model file of each clip, "" for all others, and what the models say of themselves.
+def open_decoders(path: Path) -> tuple[dict[str, list[Path]], dict]:
+    """Return the model files of each clip, "" for all others, and what a model says of itself.
 
-    A run of several folds has one for each clip: the last of the training that held it out.
+    Of a run's folds those that held the clip out, of its seeds all, after their last steps.
     """
-    folds = sorted(path.glob("fold-*/checkpoints"))
-    if not folds:
-        return {"": path}, models.load_model(path)[1]
-    files: dict[str, Path] = {}
-    for fold in folds:
-        file = max(fold.glob("model-*.pt"))
+    trainings = sorted([*path.glob("fold-*/checkpoints"), *path.glob("seed-*/checkpoints")])
+    if not trainings:
+        return {"": [path]}, models.load_model(path)[1]
+    files: dict[str, list[Path]] = {}
+    for training in trainings:
+        file = max(training.glob("model-*.pt"))
         model = models.load_model(file)[1]
-        for clip in model["held_out"]:
-            if clip in files:
-                raise BadInput(f"{path}: {files[clip]} and {file} both held out {clip}; expected "
-                               "one training for each clip; pass one of them")
-            files[clip] = file
+        for clip in model["held_out"] or [""]:
+            files.setdefault(clip, []).append(file)
     return files, model
 
 
@@ -112,8 +109,7 @@ def keep_features(place: Path, source: sources.Source, root: Path, model: dict,
     sources.write_features(place, plan, featurizer, device, args.overwrite, [root])
 
 
-def part_drawn(source: sources.Source,
-               masks: Path | None) -> tuple[sources.Source, sources.Source]:
+def part_drawn(source: sources.Source, masks: Path | None) -> tuple[sources.Source, sources.Source]:
     """Return the source without, and with only, the masks in a folder: they are not scored."""
     frames = [frame._replace(annotation=None) for frame in source.frames]
     if not masks:
@@ -126,29 +122,20 @@ def part_drawn(source: sources.Source,
     return source._replace(frames=left), sources.Source(frames, source.sizes, meaning)
 
 
-def predict_clips(files: dict[str, Path], features: data.Features, source: sources.Source,
-                  drawn: sources.Source, shown: Iterator[np.ndarray] | None, adapts: int | None,
-                  doubts: dict[int, float] | None) -> Iterator[np.ndarray]:
-    """Yield each frame's mask, uint8 [H, W]: as drawn, or by the clip's decoder adapted to it.
-
-    Fills `doubts`, if given: frame -> unsure pixels for each of the object, of frames not drawn.
-    """
-    shapes = {level: features.folder.shapes[level] for level in features.names}
-    decoders = {file: models.load_model(file, features.folder.size, shapes)[0].to(features.device)
-                for file in set(files.values())}
+def predict_clips(decoders: dict[str, models.Mean], features: data.Features, source: sources.Source,
+                  drawn: sources.Source, shown: Iterator[np.ndarray] | None,
+                  adapts: int | None) -> Iterator[np.ndarray]:
+    """Yield each frame's mask, uint8 [H, W]: as drawn, or by the clip's decoders adapted to it."""
     for first, stop in sources.clip_ranges(source.frames):
         index = torch.arange(first, stop)
         given = [row for row in range(first, stop) if drawn.frames[row].annotation]
-        decoder = decoders[files.get(source.frames[first].clip) or files[""]]
-        steps = decoder.drawn_steps if given else decoder.adapt_steps
-        steps = steps if adapts is None else adapts
-        tuned = decoder if not steps else adapt(
-            decoder, features, index, *pool_drawn(decoder, given, drawn), steps)
+        tuned = decoders.get(source.frames[first].clip) or decoders[""]
+        steps = tuned[0].drawn_steps if given else tuned[0].adapt_steps
+        if steps if adapts is None else adapts:
+            learned = *pool_drawn(tuned[0], given, drawn), adapts or steps
+            tuned = models.Mean(adapt(each, features, index, *learned) for each in tuned)
         for row, pixels in enumerate(models.predict(tuned, features, index, 16, shown), first):
             mask = drawn.mask(row)
-            if mask is None and doubts is not None:  # takes long
-                unsure = ((pixels > 25) & (pixels < 230)).sum() / (pixels > 127).sum().clamp_min(1)
-                doubts[row] = float(unsure)
             yield pixels.cpu().numpy() if mask is None else mask * np.uint8(255)
 
 
@@ -165,9 +152,9 @@ def pool_drawn(decoder: models.Decoder, given: list[int],
 
 def open_model(args: argparse.Namespace, path: Path, folder_path: Path | None, root: Path | None,
                out: Path, device: torch.device):
-    """Return what --model predicts: the source, its masks one by one, doubts, metadata.json."""
+    """Return what --model predicts: the source, its masks one by one, metadata.json."""
     files, model = open_decoders(path)
-    decoder = models.load_model(next(iter(files.values())))[0]
+    decoder = models.DECODERS[model["decoder"]]
     for flag in ("adapt", "refine", "masks") if decoder.returns != "logits" else ():
         if getattr(args, flag) not in (None, 0, "none"):
             raise BadInput(f"--{flag} {getattr(args, flag)}: needs logits, and "
@@ -187,7 +174,6 @@ def open_model(args: argparse.Namespace, path: Path, folder_path: Path | None, r
     if seen and source.annotated:
         print(f"note: trained on {len(seen)} of these {len(names)} clips; their scores say little")
     source, drawn = part_drawn(source, args.masks)
-    doubts: dict | None = {} if args.masks or not (folder_path or source.annotated) else None
 
     if not folder_path:
         folder_path = out.with_name(f"{out.name}-features")
@@ -199,17 +185,19 @@ def open_model(args: argparse.Namespace, path: Path, folder_path: Path | None, r
         source = source._replace(masks=features.masks)
 
     shown = clips.read_images(source.frames) if guided else None
-    masks = predict_clips(files, features, source, drawn, shown, args.adapt, doubts)
-    decoder = models.load_model(next(iter(files.values())), folder.size, shapes)[0].to(device)
-    own = sum(weight.numel() for weight in decoder.parameters())
-    flops = count_flops(decoder, features.batch(torch.tensor([0])))
+    decoders = {clip: models.Mean(models.load_model(file, folder.size, shapes)[0].to(device)
+                                  for file in several) for clip, several in files.items()}
+    masks = predict_clips(decoders, features, source, drawn, shown, args.adapt)
+    whole = next(iter(decoders.values()))
+    own = sum(weight.numel() for weight in whole.parameters())
+    flops = count_flops(whole, features.batch(torch.tensor([0])))
     metadata = {
         "nparams": own + model["featurizer_parameters"], "decoder": model["decoder"],
         "featurizer": model["featurizer"], "flops_per_frame": flops + model["featurizer_flops"],
         "frames": len(source.frames), "annotated": source.annotated, "size": source.sizes[0],
         "sizes": source.sizes if len(set(source.sizes)) > 1 else None,
         "val_iou": model.get("val_iou")}
-    return source, masks, doubts, metadata
+    return source, masks, metadata
 
 
 def ask_for_mask(args: argparse.Namespace, out: Path, frame: clips.Frame, several: bool) -> None:
@@ -243,7 +231,6 @@ def main() -> None:
     inputs = [path for path in (scored, folder, root, args.masks) if path]
     check_output(out, "results", args.overwrite, inputs)
     files, meaning = None, {"grey": "above 127"}  # of our own outputs
-    doubts: dict[int, float] | None = None
     if args.predictions:
         source = sources.open_frames(root, args.split, args.masks)
         if not source.annotated:
@@ -253,7 +240,7 @@ def main() -> None:
         masks = (clips.read_mask(file, meaning) * np.uint8(255) for file in files)
         metadata = {"predictions": given, "meaning": meaning, "frames": len(files)}
     else:
-        source, masks, doubts, metadata = open_model(args, scored, folder, root, out, device)
+        source, masks, metadata = open_model(args, scored, folder, root, out, device)
 
     # predict, write, score, draw
     command = f"python {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}"
@@ -261,13 +248,15 @@ def main() -> None:
     logged = cli.tracked(args.wandb, job, {**vars(args), "command": command}, used)
     with new_folder(out, "results", args.overwrite, inputs) as place, logged as log:
         started = time.perf_counter()
-        rows = results.write_outputs(place, masks, source, write=not files)
+        rows, doubts = results.write_outputs(place, masks, source, write=not files)
         seconds = time.perf_counter() - started
         write_json(place / "metadata.json", metadata)
         scores = results.write_scores(place, rows, args.protocol)
         files = files or [place / f"outputs/{row['index']:05d}.png" for row in rows]
-        unsure = max(doubts, key=lambda row: doubts[row]) if doubts else 0
-        if doubts:
+        unsure = int(np.argmax(doubts))
+        asks = doubts[unsure] and not args.predictions and (
+            args.masks or not (args.features or source.annotated))
+        if asks:
             results.write_unsure(place / "draw", source.frames[unsure], files[unsure], meaning)
         if not args.no_pictures:
             results.write_pictures(place, name, source, files, meaning, rows, scores,
@@ -287,7 +276,7 @@ def main() -> None:
     print(f"seconds: predict, write and score {seconds:.3f} ({len(rows) / seconds:,.0f} frames/s)")
     look = "" if args.no_pictures else f"; open {out / 'report.html'}"
     cli.say(f"wrote {out}: {len(rows)} frames{look}")
-    if doubts:
+    if asks:
         ask_for_mask(args, out, source.frames[unsure], len({row["clip"] for row in rows}) > 1)
     elif not args.predictions:
         cli.say(f"next: python package.py --results {shlex.quote(str(out))}")

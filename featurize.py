@@ -84,14 +84,12 @@ def main() -> None:
             log.artifact(f"{args.featurizer}-featurized-{split}", "featurized-data", files, facts)
     if group.main:
         print(f"seconds: {time.perf_counter() - started:.3f} ({len(plan.rows)} frames)")
-        for_training = source.annotated and split not in ("val", "test")
-        validates = source.annotated and not for_training
+        validates = source.annotated and split in ("val", "test")
         cli.say(f"wrote {out}{', to pass to train.py as --val-features' if validates else ''}")
-        if for_training:
-            pyramid = "temporal" if with_cues else "fpn"
-            decoder = pyramid if len(featurizer.levels) > 1 else "simple"
-            command = ["python", "train.py", "--features", str(out), "--decoder", decoder]
-            cli.say(f"next: {shlex.join(command)}")
+        if source.annotated and not validates:
+            single, pyramid = len(featurizer.levels) == 1, "temporal" if with_cues else "fpn"
+            command = ["--features", str(out), "--decoder", "simple" if single else pyramid]
+            cli.say(f"next: python train.py {shlex.join(command)}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torch import nn
 from data import FeatureFolder, Features
 from vos.cli import count, level_stride, number
 from vos.inputs import BadInput, is_shape
-from vos.layers import Block, Standardise, fit_standardise, pooling
+from vos.layers import Block, Standardise, pooling
 from vos.runs import load_checkpoint, save_checkpoint
 
 Shapes = dict[str, tuple[int, int, int]]  # level: (C, h, w), coarse to fine
@@ -56,7 +56,6 @@ class Decoder(nn.Module):
     recipe = Recipe()
     returns = "logits"  # what `forward` gives: logits or probabilities
     cues = 0  # channels that the clip's cues add beside each level; 0 to see frames one by one
-    views = 1  # 2 to average the logits of a frame and its mirror image when predicting
     guided = True  # whether evaluate.py upsamples the logits along the frame's edges
     adapt_steps = 0  # steps that evaluate.py trains it on each clip's own sure predictions
     drawn_steps = 200  # or on the masks drawn of the clip, if there are any
@@ -75,10 +74,6 @@ class Decoder(nn.Module):
         rows, columns = map(torch.bincount, self.cells)
         area = rows[:, None] * columns / (size[0] * size[1])  # share of the frame in each cell
         self.register_buffer("area", area, persistent=False)  # [gh, gw], sums to 1
-
-    def standardise(self, features: Features) -> None:
-        """Look at the training features once, before the first step; sets `norms`, if any."""
-        fit_standardise(getattr(self, "norms", []), features)
 
     def loss(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Binary cross-entropy of each frame, its mean over the frame's pixels.
@@ -170,7 +165,6 @@ class FPN(Decoder):
 
     recipe = Recipe(steps=500, batch_size=10, lr=3e-3, optimizer="adamw", weight_decay=1e-2,
                     schedule="onecycle", order="balanced", clip_gradient=1.0)
-    views = 2
     keep = 32  # principal components of each level
     drop = 0.3  # share of a level's components set to 0 in training
     lose = 0.0  # share of frames whose own features are set to 0 in training: the cues are left
@@ -186,9 +180,8 @@ class FPN(Decoder):
         self.grids = [finest(shapes, stride) for stride in stages]
         self.at = at * 2 if self.cues else at  # the stage of each level, then of its cues
 
-        norms = [Standardise(c, self.keep) for c, _, _ in shapes.values()]
-        self.norms = nn.ModuleList(norms)
-        channels = [norm.outputs for norm in norms]
+        self.norms = nn.ModuleList(Standardise(c, self.keep) for c, _, _ in shapes.values())
+        channels = [norm.outputs for norm in self.norms]
         channels += [self.cues] * (len(self.at) - len(at))
         widths = [self.width] * (len(stages) - 1) + [self.fine]
         dilations = (((1,),) * len(stages) + self.dilations)[-len(stages):]
@@ -207,10 +200,8 @@ class FPN(Decoder):
         own = [norm(level) for norm, level in zip(self.norms, levels)]
         cues = levels[len(own):]
         if not self.training:
-            logits = self.pyramid(own + cues)
-            if self.views == 1:
-                return logits
-            return (logits + self.pyramid([x.flip(-1) for x in own + cues]).flip(-1)) / 2
+            mirrored = self.pyramid([x.flip(-1) for x in own + cues]).flip(-1)
+            return (self.pyramid(own + cues) + mirrored) / 2
 
         batch, device = len(levels[0]), levels[0].device
         kept = (torch.rand(batch, 1, 1, 1, device=device) >= self.lose).float()
@@ -250,6 +241,16 @@ class Temporal(FPN):
     cues = 5
     lose = 0.25
     adapt_steps = 25
+
+
+class Mean(nn.ModuleList):
+    """Decoders of one kind as one: the mean of what they give, [B, gh, gw]."""
+
+    def forward(self, levels: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack([decoder(levels) for decoder in self]).mean(0)
+
+    def pixels(self, output: torch.Tensor) -> torch.Tensor:
+        return self[0].pixels(output)  # type: ignore[operator]  # it holds decoders alone
 
 
 # name -> class(shapes, size); train.py trains it, model.pt remembers it by this name

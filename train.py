@@ -101,7 +101,7 @@ def fit(decoder: Decoder, training: data.Features, validation: data.Features | N
     recipe = recipe or decoder.recipe
     log_every = log_every or max(1, recipe.steps // 10)
     device = training.device
-    decoder.to(device).standardise(training)
+    layers.fit_standardise(decoder.to(device), training)
     found = decoder.eval()(training.batch(training.index[:1])).shape[1:]
     if found != decoder.grid:
         raise BadInput(f"decoder {type(decoder).__name__}: its forward gives {list(found)} for a "

@@ -44,7 +44,12 @@ def run(command: str, folder: str, data: Path, weights: str | None) -> tuple[str
         text = said.read()
     if status:
         raise BadInput(f"{script}: status {os.waitstatus_to_exitcode(status)} of {text[-1000:]}")
-    return text, usage.ru_maxrss * 1024 / 1e9
+    return text, peak_memory(usage)
+
+
+def peak_memory(usage) -> float:
+    """Return the peak memory of a process in GB, of what `resource` says of it."""
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def take_turn(data: Path, weights: str | None) -> tuple[list[float], list[float]]:

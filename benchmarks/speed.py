@@ -67,11 +67,11 @@ def main() -> None:
     def show(what: str, count: int, read: int, work: Callable) -> None:
         """Print a row: work() does `count` of what has `read` bytes to read."""
         rate, operations = measure(work, device)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = peer.peak_memory(resource.getrusage(resource.RUSAGE_SELF))
         if device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(device)
+            peak = torch.cuda.max_memory_allocated(device) / 1e9
         print(f"| {what} | {rate * count:,.4g} | {rate * count * read / copied:.1%} | "
-              f"{operations / product:.1%} | {peak / 1e9:.2f} |", flush=True)
+              f"{operations / product:.1%} | {peak:.2f} |", flush=True)
 
     shapes, frames = {}, torch.randint(256, (batch, 3, *size), dtype=torch.uint8, device=device)
     for name, levels in {"alexnet": None, "efficientnet_lite0": LEVELS}.items():

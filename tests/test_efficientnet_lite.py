@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 of vos/featurizers.py: strides, padding, folding, weights."""
+"""EfficientNet-Lite0 and 2 of vos/featurizers.py: strides, padding, folding, weights."""
 import sys
 
 import pytest
@@ -18,10 +18,11 @@ def test_levels_have_their_strides():
     assert [tuple(value.shape[1:]) for value in maps.values()] == shapes
 
 
-def test_parameters_are_those_published_less_the_classifier():
-    head = 320 * 1280 + 2 * 1280 + 1281 * 1000  # a convolution, its norm, the classifier
-    network = EfficientNetLite("efficientnet_lite0", "random")
-    assert sum(parameter.numel() for parameter in network.parameters()) + head == 4_652_008
+@pytest.mark.parametrize("name, last, published", [("0", 320, 4_652_008), ("2", 352, 6_092_072)])
+def test_parameters_are_those_published_less_the_classifier(name, last, published):
+    head = last * 1280 + 2 * 1280 + 1281 * 1000  # a convolution, its norm, the classifier
+    network = EfficientNetLite(f"efficientnet_lite{name}", "random")
+    assert sum(parameter.numel() for parameter in network.parameters()) + head == published
 
 
 @pytest.mark.parametrize("size", [11, 12])

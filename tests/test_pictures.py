@@ -44,8 +44,7 @@ def curves(tmp_path, *logs: list[dict], **names) -> tuple[list[str], list[tuple]
 def test_curves_have_numbers_on_their_axes_and_lines_where_measured(tmp_path):
     rows = [{"step": 0, "loss": 2.0}, {"step": 10, "loss": 1.0, "val_iou": 0.25}]
     texts, lines = curves(tmp_path, rows)
-    assert texts == ["Loss", "0", "1", "2", "Validation IoU", "0", "0.5", "1", "step 0",
-                     "step 10"]
+    assert texts == ["Loss", "0", "1", "2", "Validation IoU", "0", "0.5", "1", "step 0", "step 10"]
     assert [points for _, points in lines] == ["60.0 40.0 700.0 110.0", "700.0 345.0"]
 
 

@@ -56,3 +56,22 @@ def test_adapting_changes_a_copy_and_repeats_itself(tmp_path):
     for key, value in decoder.state_dict().items():
         assert torch.equal(value, before[key]) and torch.equal(tuned[key], again[key])
     assert any(not torch.equal(value, before[key]) for key, value in tuned.items())
+
+
+def test_adapting_learns_what_the_cues_alone_show_too(tmp_path, monkeypatch):
+    write_features(tmp_path / "f", {"cat": 9}, cued=True)
+    features = data.load_features(data.open_features(tmp_path / "f"), cues=True)
+    decoder = models.Temporal(features.folder.shapes, features.folder.size)
+    blind = refine.look(decoder, features, features.index, blind=True)
+    for level in features.levels[:len(decoder.norms)]:
+        level.mul_(3)  # is not looked at
+    assert torch.equal(blind, refine.look(decoder, features, features.index, blind=True))
+
+    def learn(other: float) -> float:
+        """Return how far the bias moves where the cues alone show this many times the logits."""
+        own = refine.look(decoder, features, features.index) * 100  # sure of itself
+        monkeypatch.setattr(refine, "look", lambda *_, blind=False: own * other if blind else own)
+        tuned = refine.adapt(decoder, features, features.index, *[torch.arange(0)] * 2, 2)
+        monkeypatch.undo()
+        return (tuned.output.bias - decoder.output.bias).abs().item()
+    assert learn(1) > 5e-4 > 1e-5 > learn(-1)  # the weights decay a little

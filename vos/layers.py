@@ -1,5 +1,5 @@
 """Parts of the decoders, and the contest's rules. B batch, C channels, h w feature grid."""
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +13,7 @@ class Block(nn.Module):
 
     def __init__(self, channels: int, dilation: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=dilation, dilation=dilation,
-                              bias=False)
+        self.conv = nn.Conv2d(channels, channels, 3, padding="same", dilation=dilation, bias=False)
         self.norm = nn.GroupNorm(8, channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -43,10 +42,10 @@ class Standardise(nn.Module):
 
 
 @torch.no_grad()
-def fit_standardise(norms: Iterable, features) -> None:
-    """Set one Standardise per level from at most 256 rows of data.Features, spread evenly."""
+def fit_standardise(decoder: nn.Module, features) -> None:
+    """Set a decoder's `norms`, if any, one Standardise a level, from at most 256 rows, evenly."""
     chosen = features.index[:: -(-len(features.index) // 256)]
-    for number, norm in enumerate(norms):
+    for number, norm in enumerate(getattr(decoder, "norms", ())):
         level = features.levels[number][chosen].to(features.device).float()
         values = level.transpose(0, 1).flatten(1)  # [C, positions]
         mean = values.mean(1)

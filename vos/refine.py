@@ -19,11 +19,12 @@ def adapt(decoder, features, index: torch.Tensor, drawn: torch.Tensor, targets: 
           steps: int):
     """Return a copy trained a little on one clip, whose rows of `features` are `index`, int64 [n].
 
-    It learns the positions that it is sure of. Where rows are `drawn`, int64 [m], with the share of
-    foreground in each cell as `targets` [m, gh, gw], it learns these; ENOUGH of them alone. One
-    does not tell how the object looks elsewhere, but a first copy that learned it shows what the
-    decoder was wrongly sure of: a second learns it, and in two rounds the positions of which the
-    last copy is sure and that the decoder never saw otherwise.
+    It learns the positions that it is sure of, and sees alike by the clip's cues alone: two views
+    that seldom err together (Blum and Mitchell, "Co-Training", COLT 1998). Where rows are `drawn`,
+    int64 [m], with the share of foreground in each cell as `targets` [m, gh, gw], it learns these;
+    ENOUGH of them alone. One does not tell how the object looks elsewhere, but a first copy that
+    learned it shows what the decoder was wrongly sure of: a second learns it, and in two rounds the
+    positions of which the last copy is sure and that the decoder never saw otherwise.
     """
     rounds, rate = 1, 5e-4
     if len(drawn) >= ENOUGH:
@@ -32,6 +33,8 @@ def adapt(decoder, features, index: torch.Tensor, drawn: torch.Tensor, targets: 
         rounds, rate, steps = 3, 2e-3, -(-steps * 3 // 5)
     bounds = [steps * turn // rounds for turn in range(rounds + 1)]
     before = logits = look(decoder, features, index)
+    if decoder.cues and not len(drawn):
+        before = look(decoder, features, index, blind=True)
     tuned = copy.deepcopy(decoder)
     for turn, (first, stop) in enumerate(itertools.pairwise(bounds)):
         alone = turn == 0 and len(drawn) > 0
@@ -66,10 +69,15 @@ def adapt(decoder, features, index: torch.Tensor, drawn: torch.Tensor, targets: 
 
 
 @torch.no_grad()
-def look(decoder, features, index: torch.Tensor) -> torch.Tensor:
-    """Return the logits of rows `index`, float32 [n, gh, gw]."""
-    decoder.eval()
-    return torch.cat([decoder(features.batch(part)).float() for part in index.split(16)])
+def look(decoder, features, index: torch.Tensor, blind: bool = False) -> torch.Tensor:
+    """Return the logits of rows `index`, float32 [n, gh, gw]; `blind`: by the clip's cues alone."""
+    logits = []
+    for part in index.split(16):
+        levels = features.batch(part)
+        for norm, level in zip(decoder.norms, levels) if blind else ():
+            level[:] = norm.mean  # which says nothing
+        logits.append(decoder.eval()(levels).float())
+    return torch.cat(logits)
 
 
 def guided_probabilities(logits: torch.Tensor, frame: torch.Tensor) -> torch.Tensor:

@@ -19,24 +19,28 @@ from vos.sources import Source, clip_ranges
 
 
 def write_outputs(out: Path, predictions: Iterable[np.ndarray], source: Source,
-                  write: bool) -> list[dict]:
-    """Score predictions, uint8 [H, W], and `write` them to outputs/; return frames.csv's rows."""
-    def finish(item: tuple[int, np.ndarray]) -> dict:
+                  write: bool) -> tuple[list[dict], list[float]]:
+    """Score predictions, uint8 [H, W], and `write` them to outputs/. Returns frames.csv's rows, and
+    how many pixels of each frame are unsure for one of the object."""
+    def finish(item: tuple[int, np.ndarray]) -> tuple[dict, float]:
         index, pixels = item
         frame, mask = source.frames[index], source.mask(index)
         pixels = clips.resize(pixels, source.sizes[index])
         if write:
             write_mask(out / f"outputs/{index:05d}.png", pixels)
         scores = (None,) * 3 if mask is None else metrics.score_frame(pixels > 127, mask)
-        return {"index": index, "clip": frame.clip, "frame": frame.name,
-                **dict(zip(("iou", "J", "F"), scores))}
+        row = {"index": index, "clip": frame.clip, "frame": frame.name}
+        unsure = np.count_nonzero((pixels > 25) & (pixels < 230))
+        doubt = unsure / max(np.count_nonzero(pixels > 127), 1)
+        return row | dict(zip(("iou", "J", "F"), scores)), doubt
 
     if write:
         (out / "outputs").mkdir()
         names = {str(index): f"outputs/{index:05d}.png" for index in range(len(source.frames))}
         write_json(out / "paths.json", {"output": names})
     numbered = enumerate(progress(predictions, "predict", len(source.frames)))
-    return list(clips.in_threads(finish, numbered))
+    rows, doubts = zip(*clips.in_threads(finish, numbered))
+    return list(rows), list(doubts)
 
 
 def write_scores(out: Path, rows: list[dict], protocol: str) -> dict | None:

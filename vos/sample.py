@@ -47,7 +47,6 @@ def main(flags: list[str] | None = None) -> None:
     parser.add_argument("--size", type=parse_size, default=(240, 427), help="HxW (240x427)")
     parser.add_argument("--seed", type=count(10**9, least=0), default=0, help="of chance (0)")
     parser.add_argument("--overwrite", action="store_true", help="replace what is at --out")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(flags)
 
     lines = {"train": "", "val": ""}
