@@ -122,9 +122,9 @@ def part_drawn(source: sources.Source, masks: Path | None) -> tuple[sources.Sour
     return source._replace(frames=left), sources.Source(frames, source.sizes, meaning)
 
 
-def predict_clips(decoders: dict[str, models.Mean], features: data.Features, source: sources.Source,
-                  drawn: sources.Source, shown: Iterator[np.ndarray] | None,
-                  adapts: int | None) -> Iterator[np.ndarray]:
+def predict_clips(decoders: dict[str, list[models.Decoder]], features: data.Features,
+                  source: sources.Source, drawn: sources.Source,
+                  shown: Iterator[np.ndarray] | None, adapts: int | None) -> Iterator[np.ndarray]:
     """Yield each frame's mask, uint8 [H, W]: as drawn, or by the clip's decoders adapted to it."""
     for first, stop in sources.clip_ranges(source.frames):
         index = torch.arange(first, stop)
@@ -132,9 +132,10 @@ def predict_clips(decoders: dict[str, models.Mean], features: data.Features, sou
         tuned = decoders.get(source.frames[first].clip) or decoders[""]
         steps = tuned[0].drawn_steps if given else tuned[0].adapt_steps
         if steps if adapts is None else adapts:
-            learned = *pool_drawn(tuned[0], given, drawn), adapts or steps
-            tuned = models.Mean(adapt(each, features, index, *learned) for each in tuned)
-        for row, pixels in enumerate(models.predict(tuned, features, index, 16, shown), first):
+            learned = pool_drawn(tuned[0], given, drawn)
+            tuned = [adapt(each, features, index, *learned, adapts or steps) for each in tuned]
+        masks = models.predict(models.Mean(tuned), features, index, 16, shown)
+        for row, pixels in enumerate(masks, first):
             mask = drawn.mask(row)
             yield pixels.cpu().numpy() if mask is None else mask * np.uint8(255)
 
@@ -185,10 +186,10 @@ def open_model(args: argparse.Namespace, path: Path, folder_path: Path | None, r
         source = source._replace(masks=features.masks)
 
     shown = clips.read_images(source.frames) if guided else None
-    decoders = {clip: models.Mean(models.load_model(file, folder.size, shapes)[0].to(device)
-                                  for file in several) for clip, several in files.items()}
+    decoders = {clip: [models.load_model(file, folder.size, shapes)[0].to(device)
+                       for file in several] for clip, several in files.items()}
     masks = predict_clips(decoders, features, source, drawn, shown, args.adapt)
-    whole = next(iter(decoders.values()))
+    whole = models.Mean(next(iter(decoders.values())))
     own = sum(weight.numel() for weight in whole.parameters())
     flops = count_flops(whole, features.batch(torch.tensor([0])))
     metadata = {
@@ -254,9 +255,8 @@ def main() -> None:
         scores = results.write_scores(place, rows, args.protocol)
         files = files or [place / f"outputs/{row['index']:05d}.png" for row in rows]
         unsure = int(np.argmax(doubts))
-        asks = doubts[unsure] and not args.predictions and (
-            args.masks or not (args.features or source.annotated))
-        if asks:
+        asks = not args.predictions and (args.masks or not (args.features or source.annotated))
+        if asks and doubts[unsure]:
             results.write_unsure(place / "draw", source.frames[unsure], files[unsure], meaning)
         if not args.no_pictures:
             results.write_pictures(place, name, source, files, meaning, rows, scores,
@@ -276,7 +276,7 @@ def main() -> None:
     print(f"seconds: predict, write and score {seconds:.3f} ({len(rows) / seconds:,.0f} frames/s)")
     look = "" if args.no_pictures else f"; open {out / 'report.html'}"
     cli.say(f"wrote {out}: {len(rows)} frames{look}")
-    if asks:
+    if asks and doubts[unsure]:
         ask_for_mask(args, out, source.frames[unsure], len({row["clip"] for row in rows}) > 1)
     elif not args.predictions:
         cli.say(f"next: python package.py --results {shlex.quote(str(out))}")

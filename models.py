@@ -180,8 +180,9 @@ class FPN(Decoder):
         self.grids = [finest(shapes, stride) for stride in stages]
         self.at = at * 2 if self.cues else at  # the stage of each level, then of its cues
 
-        self.norms = nn.ModuleList(Standardise(c, self.keep) for c, _, _ in shapes.values())
-        channels = [norm.outputs for norm in self.norms]
+        norms = [Standardise(c, self.keep) for c, _, _ in shapes.values()]
+        self.norms = nn.ModuleList(norms)
+        channels = [norm.outputs for norm in norms]
         channels += [self.cues] * (len(self.at) - len(at))
         widths = [self.width] * (len(stages) - 1) + [self.fine]
         dilations = (((1,),) * len(stages) + self.dilations)[-len(stages):]
@@ -271,7 +272,7 @@ def make_decoder(name: str, shapes: Shapes, size: tuple[int, int], seed: int = 0
 
 
 @torch.inference_mode()
-def predict(decoder: Decoder, features: Features, index: torch.Tensor | None = None,
+def predict(decoder: Decoder | Mean, features: Features, index: torch.Tensor | None = None,
             batch_size: int = 32,
             images: Iterator[np.ndarray] | None = None) -> Iterator[torch.Tensor]:
     """Yield the mask of each row of `index` (None: all), uint8 [H, W]: floor(255 * probability).

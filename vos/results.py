@@ -30,8 +30,8 @@ def write_outputs(out: Path, predictions: Iterable[np.ndarray], source: Source,
             write_mask(out / f"outputs/{index:05d}.png", pixels)
         scores = (None,) * 3 if mask is None else metrics.score_frame(pixels > 127, mask)
         row = {"index": index, "clip": frame.clip, "frame": frame.name}
-        unsure = np.count_nonzero((pixels > 25) & (pixels < 230))
-        doubt = unsure / max(np.count_nonzero(pixels > 127), 1)
+        unsure, found = (pixels > 25) & (pixels < 230), pixels > 127
+        doubt = float(np.count_nonzero(unsure) / (np.count_nonzero(found) + 1))
         return row | dict(zip(("iou", "J", "F"), scores)), doubt
 
     if write:
