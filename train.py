@@ -293,8 +293,9 @@ def main() -> None:
             training, validation = features[0].hold_out(held) if held else (features[0], None)
             if len(features) > 1:
                 validation = features[1].without_views()
-            facts = dict(recipe=command["recipe"], code=command["code"], seed=seed, held_out=held)
-            facts["clips"] = sorted(set(training.folder.clips[training.index].tolist()))
+            facts = {"recipe": command["recipe"], "code": command["code"], "seed": seed}
+            clips = sorted(set(training.folder.clips[training.index].tolist()))
+            facts |= {"clips": clips, "held_out": held}
             if group.main:
                 (out / name).mkdir(exist_ok=True)
             decoder = models.make_decoder(args.decoder, shapes, folders[0].size, seed)

@@ -144,9 +144,8 @@ def check_frames(frames: list[Frame]) -> list[tuple[int, int]]:
                            f"{frame.image} is {size[1]} x {size[0]}; expected the same size")
         return size
 
-    video_size = None
-    if frames[0].number is not None:
-        video_size = next(read_video(frames[0].image)).shape[:2]
+    is_video = frames[0].number is not None
+    video_size = next(read_video(frames[0].image)).shape[:2] if is_video else None
     return list(in_threads(check, frames))
 
 
