@@ -27,8 +27,7 @@ def load(folder, *args, **flags) -> data.Features:
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("levels", [LEVELS, {"s16": (4, 7, 9)}])
 @pytest.mark.parametrize("resident", ["device", "disk", None])
-def test_reads_what_numpy_wrote_wherever_it_is_kept(tmp_path, dtype, levels, resident, monkeypatch):
-    monkeypatch.setattr(data, "CHUNK", 1000)  # bytes: several pieces of every array
+def test_reads_what_numpy_wrote_wherever_it_is_kept(tmp_path, dtype, levels, resident):
     features, masks = write_features(tmp_path / "f", {"cat": 3, "dog": 2}, size=(21, 30),
                                      levels=levels, dtype=dtype)
     loaded = load(tmp_path / "f", resident=resident)
