@@ -19,20 +19,21 @@ def clip_cues(level: torch.Tensor, motion: torch.Tensor) -> torch.Tensor:
     border[:, edge:-edge, edge:-edge] = False
 
     flat = level.permute(0, 2, 3, 1).reshape(-1, level.shape[1])
-    far = distance(flat, border.float())
+    far = distance(flat, border)
     for _ in range(2):
         at_border = far[border]
         some = at_border[:: 1 + len(at_border) // 1_000_000]  # quantile takes 16 million at most
         usual = border & (far < some.quantile(0.9))
-        far = distance(flat, ((far < far.median()) | usual).float())
-    rare = distance(flat, torch.ones_like(far))
+        far = distance(flat, (far <= far.median()) | usual)
+    rare = distance(flat, torch.ones_like(border))
 
     spread = level.std((0, 2, 3))[:, None, None] + 1e-3
     median = level.median(0).values
-    change = ((level - median) / spread).square().mean(1).add(1e-3).log()
+    change = torch.linalg.vector_norm((level - median) / spread, dim=1).square()
+    change = (change / level.shape[1]).add(1e-3).log()
 
     step = 2 if height * width > CELLS else 1
-    moved = aligned_change(F.avg_pool2d(level / spread, step))
+    moved = aligned_change(F.avg_pool2d(level, step) / spread)
     moved = F.interpolate(moved[:, None], (height, width), mode="bilinear")[:, 0]
 
     motion = F.adaptive_avg_pool2d(motion, (height, width))  # H', W' are those of s8 or so
@@ -41,15 +42,15 @@ def clip_cues(level: torch.Tensor, motion: torch.Tensor) -> torch.Tensor:
     return (cues - cues.mean((0, 2, 3), keepdim=True)) / (cues.std((0, 2, 3), keepdim=True) + 1e-3)
 
 
-def distance(flat: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return log squared Mahalanobis distance of places [n, C] from those in `weight` [T, h, w]."""
-    share = weight.reshape(-1) / weight.sum().clamp_min(1e-6)
-    x = flat - share @ flat
-    covariance = (x * share[:, None]).T @ x
+def distance(flat: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+    """Return log squared Mahalanobis distance of places [n, C] from those `inside`, [T, h, w]."""
+    chosen = flat[inside.flatten()]
+    mean = chosen.mean(0)
+    covariance = torch.cov(chosen.T, correction=0).reshape(len(mean), -1)
     spread = covariance.diagonal().mean().clamp_min(1e-6)  # not 0 where nothing differs
-    covariance += 0.1 * spread * torch.eye(x.shape[1], device=x.device)
-    whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), x.T, upper=False)
-    return whitened.square().sum(0).add(1e-6).log().view_as(weight)
+    covariance += 0.1 * spread * torch.eye(len(mean), device=flat.device)
+    whitened = (flat - mean) @ torch.linalg.inv(torch.linalg.cholesky(covariance)).T
+    return torch.linalg.vector_norm(whitened, dim=1).square().add(1e-6).log().view(inside.shape)
 
 
 def aligned_change(level: torch.Tensor) -> torch.Tensor:
@@ -98,12 +99,10 @@ def mismatch(x: torch.Tensor, other: torch.Tensor, shift: torch.Tensor) -> torch
     """Return 1 - cosine to the best of the 3 x 3 in `other`, shifted, or inf outside, [n, h, w]."""
     frames, height, width, _ = x.shape
     frame = torch.arange(frames, device=x.device)[:, None, None]
-    rows = torch.arange(height, device=x.device)[:, None] + shift[:, 0, None, None]  # [n, h, 1]
-    columns = torch.arange(width, device=x.device) + shift[:, 1, None, None]  # [n, 1, w]
-    best = torch.full((frames, height, width), -1.0, device=x.device)
-    for down in (-1, 0, 1):
-        for right in (-1, 0, 1):
-            row, column = (rows + down).clamp(0, height - 1), (columns + right).clamp(0, width - 1)
-            best = torch.maximum(best, (x * other[frame, row, column]).sum(3))
+    rows = torch.arange(-1, height + 1, device=x.device)[:, None] + shift[:, 0, None, None]
+    columns = torch.arange(-1, width + 1, device=x.device) + shift[:, 1, None, None]  # [n, 1, w+2]
+    there = other[frame, rows.clamp(0, height - 1), columns.clamp(0, width - 1)]
+    alike = [(x * there[:, down:down + height, right:right + width]).sum(3)
+             for down in range(3) for right in range(3)]
     inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
-    return torch.where(inside, 1 - best, torch.inf)
+    return torch.where(inside[:, 1:-1, 1:-1], 1 - torch.stack(alike).amax(0), torch.inf)

@@ -115,7 +115,7 @@ def beside_camera(moved: torch.Tensor) -> torch.Tensor:
     for _ in range(6):
         weighed = terms.T * weights[:, None]  # [n, 6, h * w]
         fitted = torch.linalg.solve(weighed @ terms + little, weighed @ vectors)
-        beside = (vectors - terms @ fitted).norm(dim=2)
+        beside = torch.hypot(*(vectors - terms @ fitted).unbind(2))
         usual = beside.median(1, keepdim=True).values.clamp_min(0.025)
         weights = 1 / (1 + (beside / (1.5 * usual)).square())
     return beside.view(len(moved), 1, *moved.shape[2:])
