@@ -95,10 +95,10 @@ class SameConv(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         pads = [k - 1 - (n - 1) % s for n, s, k in zip(x.shape[-2:], self.stride, self.kernel_size)]
-        if any(pad % 2 for pad in pads):
-            x = nn.functional.pad(x, (0, pads[1] % 2, 0, pads[0] % 2))
-        both = [pad // 2 for pad in pads]
-        return nn.functional.conv2d(x, self.weight, self.bias, self.stride, both, 1, self.groups)
+        odd = [pad % 2 for pad in pads]  # pad by a step more on both sides, and drop the first
+        both = [pad // 2 + s * more for pad, s, more in zip(pads, self.stride, odd)]
+        x = nn.functional.conv2d(x, self.weight, self.bias, self.stride, both, 1, self.groups)
+        return x[..., odd[0]:, odd[1]:]
 
 
 class InvertedResidual(nn.Sequential):
