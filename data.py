@@ -100,16 +100,16 @@ def free_memory(device: torch.device) -> float:
 def load_array(file: Path, digest: str, device: torch.device, resident: str | None) -> torch.Tensor:
     """Check an .npy array's digest and values; return it on the device or memory-mapped.
 
-    Host memory never holds it twice. Raises BadInput when the SHA-256 differs or a value is not
-    finite.
+    Memory never holds it twice. Raises BadInput when the SHA-256 differs or a value is not finite.
     """
     if sha256(file) != digest:
         raise BadInput(f"{file}: its SHA-256 is not meta.json's: it was changed; {AGAIN}")
+    mapped = "r" if resident == "disk" or device.type != "cpu" else None
     with warnings.catch_warnings(action="ignore"):  # torch warns that it may not be written to
-        array = torch.from_numpy(np.load(file, mmap_mode="r"))
+        array = torch.from_numpy(np.load(file, mmap_mode=mapped))
     if not all(map(math.isfinite, array.aminmax())):  # NaN is both
         raise BadInput(f"{file}: holds NaN or infinity; {AGAIN}")
-    return array if resident == "disk" else array.to(device, copy=True)
+    return array if resident == "disk" else array.to(device)
 
 
 def pool_masks(features: Features, cells: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
