@@ -270,7 +270,7 @@ def videos(rng: np.random.Generator) -> None:
     """A GIF of an odd rate: whole, cut, or with damaged bytes."""
     greys, file = rng.choice(256, int(rng.integers(1, 9)), replace=False), Path("now/walk.gif")
     shown = [np.full((16, 24, 3), grey, np.uint8) for grey in greys]
-    images.write_gif(file, shown, float(rng.choice([0.1, 5, 24, 29.97, 60])))
+    images.write_animation(file, shown, float(rng.choice([0.1, 5, 24, 29.97, 60])))
     whole, what = file.read_bytes(), int(rng.integers(3))
     file.write_bytes([whole, whole[:rng.integers(len(whole))], damage_bytes(rng, whole)][what])
     found = expect(True if what == 0 else None, lambda: list(clips.read_video(file)))

@@ -134,7 +134,7 @@ def test_masks_are_paired_by_clip_and_frame(tmp_path):
         with pytest.raises(BadInput, match=words):
             find_frames(tmp_path / "frames", masks=tmp_path / "masks")
         file.unlink()
-    images.write_gif(tmp_path / "b.gif", [np.zeros((32, 40, 3), np.uint8)] * 2, 10)
+    images.write_animation(tmp_path / "b.gif", [np.zeros((32, 40, 3), np.uint8)] * 2, 10)
     with pytest.raises(BadInput, match=r"b\.gif: expected a folder"):
         find_frames(tmp_path / "frames/b", masks=tmp_path / "b.gif")
     mask.unlink()
@@ -184,7 +184,7 @@ def test_cut_file_is_named_before_long_work(tmp_path, suffix, share):
 
 def test_a_video_is_read_forwards_with_gaps_views_and_masks(tmp_path):
     greys = [np.full((48, 64, 3), 20 * number, np.uint8) for number in range(10)]
-    images.write_gif(tmp_path / "walk.gif", greys, 10)
+    images.write_animation(tmp_path / "walk.gif", greys, 10)
     mask = write(tmp_path / "masks/00003.png", 255, (48, 64))
     frames = find_frames(tmp_path / "walk.gif", masks=tmp_path / "masks")
     assert names(frames) == [f"walk/{number:05d}" for number in range(10)]

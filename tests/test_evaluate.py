@@ -135,7 +135,7 @@ def test_on_the_fly_gives_what_features_give_for_frames_and_videos(real, tmp_pat
         evaluate("--model", real / "run", *flags, "--out", tmp_path / out, "--threads", 1)
     a, b, c, d = (np.stack(outputs_of(tmp_path / out)) for out in sources)
     assert np.abs(a - b).max() <= 2 and np.abs(c - d).max() <= 2
-    assert (tmp_path / "d/overlays/walk.gif").is_file()
+    assert (tmp_path / "d/overlays/walk.webp").is_file()
     assert not (tmp_path / "d/scores.json").exists()
 
 

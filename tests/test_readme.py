@@ -68,7 +68,7 @@ def test_the_commands_run_in_order_and_write_what_the_readme_says(tmp_path, monk
     written = set(re.findall(r"(?:features|runs|results)/[\w-]+", "".join(blocks(README))))
     assert len(written) >= 7 and all(Path(path).is_dir() for path in written)
     assert Path("results/simple.zip").is_file() and Path("results/holiday/report.html").is_file()
-    assert [file.name for file in Path("results/holiday/overlays").iterdir()] == ["holiday.gif"]
+    assert [file.name for file in Path("results/holiday/overlays").iterdir()] == ["holiday.webp"]
     assert len(list(Path("results/holiday/outputs").iterdir())) == len(frames)
 
     Path("drawn").mkdir()  # a mask drawn for one frame of the clip

@@ -52,7 +52,7 @@ def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     (folder / "overlays").mkdir()
     for number, clip in enumerate(CLIPS):
-        Image.new("RGB", (40 + number, 30)).save(folder / f"overlays/{clip}.gif")
+        Image.new("RGB", (40 + number, 30)).save(folder / f"overlays/{clip}.webp")
     facts = {"model": "<b>linear</b>", "command": "python evaluate.py " + "runs/long-name/" * 12}
     write_curves(folder / "curves.svg", [{"step": 0, "loss": 2}, {"step": 9, "loss": 1}])
     curve = (folder / "curves.svg").read_text()
@@ -94,4 +94,4 @@ def test_report_without_annotations_shows_no_scores(tmp_path):
 
 def test_report_fetches_only_what_lies_beside_it(page):
     links = re.findall(r'(?:src|href|data)="([^"]*)"', page.read_text())
-    assert len(links) == 4 and all(re.fullmatch(r"overlays/[\w%.-]+\.gif", link) for link in links)
+    assert len(links) == 4 and all(re.fullmatch(r"overlays/[\w%.-]+\.webp", link) for link in links)

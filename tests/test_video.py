@@ -75,7 +75,7 @@ def test_half_a_video_is_refused(tmp_path, ffmpeg, name):
 
 
 def test_a_gif_loops_and_cut_between_two_frames_is_refused(tmp_path):
-    images.write_gif(tmp_path / "a.gif", greys(5), 10)
+    images.write_animation(tmp_path / "a.gif", greys(5), 10)
     with Image.open(tmp_path / "a.gif") as file:
         assert (file.info["loop"], file.info["duration"], file.n_frames) == (0, 100, 5)
     whole = (tmp_path / "a.gif").read_bytes()
@@ -115,6 +115,6 @@ def test_without_ffmpeg_a_video_says_what_to_do(tmp_path, monkeypatch):
 
 def test_what_is_written_reads_back_shrunk_and_of_the_size_of_the_first(tmp_path):
     frames = [*greys(9, (511, 1001)), np.full((30, 30, 3), 180, np.uint8)]
-    images.write_gif(tmp_path / "a.gif", frames, 10)
+    images.write_animation(tmp_path / "a.gif", frames, 10)
     assert count(tmp_path / "a.gif") == (10, (245, 480))
     assert levels(tmp_path / "a.gif") == list(range(10))

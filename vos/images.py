@@ -1,4 +1,4 @@
-"""Image files: decoded as a viewer shows them, and written, GIFs too."""
+"""Image files: decoded as a viewer shows them, and written, moving ones too."""
 import contextlib
 import io
 import struct
@@ -60,11 +60,11 @@ def write_mask(path: Path, pixels: np.ndarray) -> None:
         for name, data in chunks))
 
 
-def write_gif(path: Path, images: Iterable[np.ndarray], fps: float) -> None:
-    """Write images, uint8 [H, W, 3], as a looping GIF, the first's size, at most 480, for all."""
+def write_animation(path: Path, images: Iterable[np.ndarray], fps: float) -> None:
+    """Write images, uint8 [H, W, 3], as one that loops, .webp or .gif, of at most 480 x 480."""
     pictures = map(Image.fromarray, images)
     first = next(pictures)
     first.thumbnail((480, 480))
     rest = [picture.resize(first.size, Image.Resampling.BILINEAR) for picture in pictures]
     write_image(path, np.asarray(first), save_all=True, append_images=rest, loop=0,
-                duration=1000 / fps)
+                duration=1000 / fps, method=0)  # of WebP's: the fastest

@@ -12,7 +12,7 @@ import numpy as np
 
 from vos import clips, metrics
 from vos.cli import progress
-from vos.images import write_gif, write_image, write_mask
+from vos.images import write_animation, write_image, write_mask
 from vos.outputs import write_json, write_text
 from vos.pictures import overlay
 from vos.sources import Source, clip_ranges
@@ -64,7 +64,7 @@ def write_scores(out: Path, rows: list[dict], protocol: str) -> dict | None:
 
 def write_pictures(out: Path, name: str, source: Source, files: list[Path], meaning: dict[str, str],
                    rows: list[dict], scores: dict | None, facts: dict, curve: Path) -> None:
-    """Write report.html, and overlays/<clip>.gif of the masks in `files`, which it shows.
+    """Write report.html, and overlays/<clip>.webp of the masks in `files`, which it shows.
 
     curve: the training's curves.svg, which is shown too, if it is there.
     """
@@ -74,7 +74,8 @@ def write_pictures(out: Path, name: str, source: Source, files: list[Path], mean
 
     (out / "overlays").mkdir()
     for first, stop in progress(clip_ranges(source.frames), "pictures"):
-        write_gif(out / f"overlays/{source.frames[first].clip}.gif", draw(first, stop), 24)
+        file = out / f"overlays/{source.frames[first].clip}.webp"
+        write_animation(file, draw(first, stop), 24)
     drawn = curve.read_text(encoding="utf-8") if curve.is_file() else ""
     write_report(out / "report.html", f"{name}, {date.today()}", rows, scores, facts, drawn)
 
@@ -121,6 +122,6 @@ def show_clip(rows: Sequence[dict], scores: dict | None) -> str:
     if scores and scored:
         worst = min(scored, key=lambda row: row["iou"])
         said += f"; {say_scores(scores)}; worst: frame {worst['frame']}, {worst['iou']:.3f}"
-    source = escape(quote(f"overlays/{rows[0]['clip']}.gif"))
+    source = escape(quote(f"overlays/{rows[0]['clip']}.webp"))
     return (f'<figure><img loading="lazy" alt="Overlay of {clip}" src="{source}">'
             f"<figcaption><strong>{clip}</strong> {escape(said)}</figcaption></figure>")
