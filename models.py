@@ -241,7 +241,7 @@ class Temporal(FPN):
     recipe = dataclasses.replace(FPN.recipe, steps=1000)
     cues = 5
     lose = 0.25
-    adapt_steps = 25
+    adapt_steps = 15
 
 
 class Mean(nn.ModuleList):

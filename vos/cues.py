@@ -21,16 +21,13 @@ def clip_cues(level: torch.Tensor, motion: torch.Tensor) -> torch.Tensor:
     flat = level.permute(0, 2, 3, 1).reshape(-1, level.shape[1])
     far = distance(flat, border)
     for _ in range(2):
-        at_border = far[border]
-        some = at_border[:: 1 + len(at_border) // 1_000_000]  # quantile takes 16 million at most
-        usual = border & (far < some.quantile(0.9))
+        usual = border & (far < far[border].quantile(0.9))
         far = distance(flat, (far <= far.median()) | usual)
     rare = distance(flat, torch.ones_like(border))
 
     spread = level.std((0, 2, 3))[:, None, None] + 1e-3
     median = level.median(0).values
-    change = torch.linalg.vector_norm((level - median) / spread, dim=1).square()
-    change = (change / level.shape[1]).add(1e-3).log()
+    change = ((level - median) / spread).square().mean(1).add(1e-3).log()
 
     step = 2 if height * width > CELLS else 1
     moved = aligned_change(F.avg_pool2d(level, step) / spread)

@@ -13,6 +13,7 @@ RADIUS = 4  # of the window, in pixels of the small frame
 EPSILON = 1e-5  # colours (0..1) that vary by less, squared, do not count as an edge
 ENOUGH = 2  # drawn masks of a clip
 LIMIT = 4.0  # logits beyond this are sure enough
+MOST = 32  # frames of a clip, evenly, that a decoder adapts to where none is drawn: enough
 
 
 def adapt(decoder, features, index: torch.Tensor, drawn: torch.Tensor, targets: torch.Tensor,
@@ -31,6 +32,8 @@ def adapt(decoder, features, index: torch.Tensor, drawn: torch.Tensor, targets: 
         rate = 4e-3
     elif len(drawn):  # fewer steps, since most are of three times as many frames
         rounds, rate, steps = 3, 2e-3, -(-steps * 3 // 5)
+    else:
+        index = index[:: -(-len(index) // MOST)]
     bounds = [steps * turn // rounds for turn in range(rounds + 1)]
     before = logits = look(decoder, features, index)
     if decoder.cues and not len(drawn):
