@@ -17,7 +17,7 @@ demo: .venv/installed
 	@$(RUN) -c 'import json; print("mean IoU", round(json.load(open("demo/results/scores.json"))["mean_iou"], 4))'
 	@echo "look at: demo/results/report.html, $$(ls demo/results/overlays/* | head -n 1), $$(ls demo/run/predictions/*.png | tail -n 1)"
 	@echo "submission: demo/submission.zip"
-	@echo "a real clip, by the pretrained decoder: demo/bunny/overlays/bunny.gif"
+	@echo "a real clip, by the pretrained decoder: demo/bunny/overlays/bunny.webp"
 
 test: .venv/installed-dev lint
 	$(PYTEST)
