@@ -104,9 +104,9 @@ def load_array(file: Path, digest: str, device: torch.device, resident: str | No
     """
     if sha256(file) != digest:
         raise BadInput(f"{file}: its SHA-256 is not meta.json's: it was changed; {AGAIN}")
-    mapped = "r" if resident == "disk" or device.type != "cpu" else None
+    mapped = resident == "disk" or device.type != "cpu"
     with warnings.catch_warnings(action="ignore"):  # torch warns that it may not be written to
-        array = torch.from_numpy(np.load(file, mmap_mode=mapped))
+        array = torch.from_numpy(np.load(file, mmap_mode="r" if mapped else None))
     if not all(map(math.isfinite, array.aminmax())):  # NaN is both
         raise BadInput(f"{file}: holds NaN or infinity; {AGAIN}")
     return array if resident == "disk" else array.to(device)
